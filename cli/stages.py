@@ -1,0 +1,321 @@
+"""Commands for single stages, each with explicit inputs and outputs."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.options import Address, Local, Out, Overwrite, Workers, workplace
+
+if TYPE_CHECKING:
+    from pipelines.unit import Unit
+
+Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+Pools = Annotated[list[str], typer.Argument(metavar="EMBEDDINGS...", help="Embeddings of the pools.")]
+Duplicates = Annotated[list[str], typer.Option("--duplicates", help="Dedup's verdicts, one set for each pool.")]
+
+
+def _run(unit: "Unit", overwrite: bool, workers: int | None, address: str | None, local: bool) -> None:
+    from pipelines.run import make
+
+    with workplace(workers, address, local) as (executor, progress):
+        make(unit, executor, progress, overwrite)
+
+
+def _settings(model: Any, where: str, /, **values: Any) -> Any:
+    """Settings from options; those left out keep the model's defaults."""
+    from curation.config import validate
+
+    return validate(model, {key: value for key, value in values.items() if value is not None}, where)
+
+
+def _absolute(places: list[str] | None) -> list[str]:
+    from curation.storage import absolute
+
+    return [absolute(place) for place in places or []]
+
+
+def download(
+    out: Out,
+    source: Annotated[str, typer.Option(help="The source's name.")],
+    role: Annotated[str, typer.Option(help="pool, query or reference.")] = "pool",
+    urls: Annotated[str | None, typer.Option(help="URL lists: Parquet, CSV or txt.")] = None,
+    folder: Annotated[str | None, typer.Option(help="A folder of image files.")] = None,
+    images: Annotated[str | None, typer.Option(help="Parquet files with a column of image bytes.")] = None,
+    url_column: Annotated[str | None, typer.Option(help="Column of URLs; default url.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of image bytes; default image.")] = None,
+    alt_column: Annotated[str | None, typer.Option(help="Column of alternative texts.")] = None,
+    page_url_column: Annotated[str | None, typer.Option(help="Column of the pages' URLs.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
+    user_agent: Annotated[str | None, typer.Option(help="How requests introduce themselves.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for one socket operation.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Limit on one image's bytes.")] = None,
+    allow_private: Annotated[bool, typer.Option(help="Allow loopback and private addresses.")] = False,
+    rows_per_part: Annotated[int, typer.Option(help="Rows of one part.")] = 2000,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Fetch URL lists, or take folders and Parquet files, into OUT/urls/SOURCE and OUT/images/SOURCE.
+
+    \b
+    Examples:
+      lvd download --images photos.parquet --label-column label --source web --out steps
+      lvd download --folder flowers --source flowers --role query --out steps
+      lvd download --urls urls.csv --source crawl --out steps
+    """
+    from curation.storage import absolute, join
+    from pipelines.download import DownloadUnit
+    from pipelines.recipe import DownloadSettings, SourceSettings
+
+    columns = {"alt_column": alt_column, "page_url_column": page_url_column, "label_column": label_column}
+    columns |= {"url_column": url_column, "image_column": image_column}
+    places = {k: absolute(v) for k, v in (("urls", urls), ("folder", folder), ("images", images)) if v is not None}
+    settings = _settings(SourceSettings, "download", role=role, **places, **columns)
+    limits = {"user_agent": user_agent, "timeout": timeout, "max_bytes": max_bytes, "allow_private": allow_private}
+    fetching = _settings(DownloadSettings, "download", **limits)
+    out = absolute(out)
+    unit = DownloadUnit(
+        source, settings, fetching, rows_per_part, join(out, "urls", source), join(out, "images", source)
+    )
+    _run(unit, overwrite, workers, address, local)
+
+
+def filter_images(
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="An images set.")],
+    out: Out,
+    index: Annotated[str, typer.Option(help="Where the index by image_id goes.")],
+    min_side: Annotated[int | None, typer.Option(help="Least width and height in pixels.")] = None,
+    max_aspect_ratio: Annotated[float | None, typer.Option(help="Longer over shorter side, at most.")] = None,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Decide which images stay: decodable, large enough, not too elongated, the first with their bytes.
+
+    \b
+    Examples:
+      lvd filter steps/images/web --out steps/filtered/web --index steps/index/web
+      lvd filter steps/images/flowers --out steps/filtered/flowers --index steps/index/flowers --min-side 32
+    """
+    from curation.storage import absolute
+    from pipelines.filter import FilterUnit
+    from pipelines.recipe import DownloadSettings, FilterSettings
+
+    settings = _settings(FilterSettings, "filter", min_side=min_side, max_aspect_ratio=max_aspect_ratio)
+    places = (absolute(out), absolute(index))
+    unit = FilterUnit(absolute(images), settings, DownloadSettings().max_pixels, *places)
+    _run(unit, overwrite, workers, address, local)
+
+
+def embed(
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="An images set.")],
+    filtered: Annotated[str, typer.Option(help="The filter's verdicts on it.")],
+    out: Out,
+    model: Annotated[str, typer.Option(help="dct, hf:NAME_OR_DIR or torchscript:FILE.")] = "dct",
+    name: Annotated[str, typer.Option(help="The embedder's name in the set.")] = "default",
+    batch_size: Annotated[int | None, typer.Option(help="Images of a batch.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Turn the kept images of a source into vectors.
+
+    \b
+    Examples:
+      lvd embed steps/images/web --filtered steps/filtered/web --out steps/embeddings/default/web
+      lvd embed steps/images/flowers --filtered steps/filtered/flowers --out steps/embeddings/default/flowers
+    """
+    from curation.storage import absolute
+    from pipelines.embed import EmbedUnit
+    from pipelines.recipe import EmbedderSettings
+
+    options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
+    settings = _settings(EmbedderSettings, "embed", **options)
+    unit = EmbedUnit(name, settings, absolute(images), absolute(filtered), absolute(out))
+    _run(unit, overwrite, workers, address, local)
+
+
+def dedup(
+    pools: Pools,
+    images: Annotated[list[str], typer.Option(help="Images of the pools, one set for each.")],
+    out: Out,
+    references: Annotated[list[str] | None, typer.Option("--reference", help="Embeddings of a reference set.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Cosine above which two are copies.")] = None,
+    reference_threshold: Annotated[float | None, typer.Option(help="The same against references.")] = None,
+    rule: Annotated[str, typer.Option(help="What a reference takes along: component or direct.")] = "component",
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Find near-copies among the pools and of the references; verdicts go to OUT/SOURCE.
+
+    \b
+    Examples:
+      lvd dedup steps/embeddings/default/web --images steps/images/web --out steps/duplicates
+      lvd dedup steps/embeddings/default/web --images steps/images/web --threshold 0.9 --out strict
+    """
+    from curation.storage import absolute
+    from pipelines.dedup import DedupUnit
+    from pipelines.recipe import DedupSettings
+
+    thresholds = {"threshold": threshold, "reference_threshold": reference_threshold}
+    s = _settings(DedupSettings, "dedup", rule=rule, **thresholds)
+    sets = (_absolute(pools), _absolute(images), _absolute(references))
+    unit = DedupUnit(*sets, s.threshold, s.reference_threshold, s.rule, absolute(out))
+    _run(unit, overwrite, workers, address, local)
+
+
+def cluster(
+    pools: Pools,
+    duplicates: Duplicates,
+    out: Out,
+    centroids: Annotated[str, typer.Option(help="Where the centroids go.")],
+    num_clusters: Annotated[int | None, typer.Option(help="k of k-means.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Rounds of k-means.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Images it is fitted on.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Cluster what dedup kept with spherical k-means; assignments go to OUT/SOURCE.
+
+    \b
+    Examples:
+      lvd cluster steps/embeddings/default/web --duplicates steps/duplicates/web \\
+        --num-clusters 8 --centroids steps/centroids --out steps/clusters
+    """
+    from curation.storage import absolute
+    from pipelines.cluster import ClusterUnit
+    from pipelines.recipe import ClusterSettings
+
+    options = {"num_clusters": num_clusters, "iterations": iterations, "sample": sample}
+    settings = _settings(ClusterSettings, "cluster", **options)
+    places = (absolute(centroids), absolute(out))
+    unit = ClusterUnit(_absolute(pools), _absolute(duplicates), settings, seed, *places)
+    _run(unit, overwrite, workers, address, local)
+
+
+def retrieve(
+    queries: Annotated[str, typer.Argument(metavar="QUERIES", help="Embeddings of a query set.")],
+    pools: Annotated[list[str], typer.Option("--pool", help="Embeddings of a pool.")],
+    duplicates: Duplicates,
+    out: Out,
+    k: Annotated[int | None, typer.Option(help="Sample-based: neighbors of each query image.")] = None,
+    images_per_cluster: Annotated[int | None, typer.Option(help="Cluster-based: images of each cluster hit.")] = None,
+    min_hits: Annotated[int, typer.Option(help="Query images that make a cluster hit.")] = 4,
+    cap: Annotated[int | None, typer.Option(help="Cluster-based: images in all, at most.")] = None,
+    clusters: Annotated[list[str] | None, typer.Option(help="Clusters of the pools, one set for each.")] = None,
+    centroids: Annotated[str | None, typer.Option(help="The clusters' centroids.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Retrieve pool images that resemble a query set; they go to OUT/SOURCE.
+
+    \b
+    Examples:
+      lvd retrieve steps/embeddings/default/flowers --pool steps/embeddings/default/web \\
+        --duplicates steps/duplicates/web --k 4 --out steps/retrieved
+      lvd retrieve steps/embeddings/default/flowers --pool steps/embeddings/default/web \\
+        --duplicates steps/duplicates/web --images-per-cluster 5 \\
+        --min-hits 2 --clusters steps/clusters/web --centroids steps/centroids \\
+        --out by-cluster
+    """
+    from curation.errors import ConfigError
+    from curation.storage import absolute
+    from pipelines.retrieve import ClusterRule, RetrieveUnit
+
+    if images_per_cluster is not None and (not clusters or centroids is None):
+        raise ConfigError("--images-per-cluster needs --clusters and --centroids")
+    rule = ClusterRule(images_per_cluster, min_hits, cap) if images_per_cluster is not None else None
+    sets = (absolute(queries), _absolute(pools), _absolute(duplicates), _absolute(clusters))
+    unit = RetrieveUnit(*sets, absolute(centroids) if centroids else "", k, rule, seed, absolute(out))
+    _run(unit, overwrite, workers, address, local)
+
+
+def rebalance(
+    filtered: Annotated[
+        list[str], typer.Option(help="Verdicts of every source that gives images, in order of precedence.")
+    ],
+    out: Out,
+    as_is: Annotated[list[str] | None, typer.Option(help="Name of a source that goes in whole.")] = None,
+    retrieved: Annotated[list[str] | None, typer.Option(help="A retrieved set.")] = None,
+    target: Annotated[int | None, typer.Option(help="Images to draw evenly from the pools' clusters.")] = None,
+    max_copies: Annotated[int, typer.Option(help="How often one image may be drawn.")] = 1,
+    clusters: Annotated[list[str] | None, typer.Option(help="Clusters of the pools, one set for each.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Select the final set: sources as they are, what was retrieved, an even draw over clusters; unique by image_id.
+
+    \b
+    Examples:
+      lvd rebalance --filtered steps/filtered/web --retrieved steps/retrieved/flowers --out steps/selection
+      lvd rebalance --filtered steps/filtered/web --filtered steps/filtered/flowers \\
+        --as-is flowers --retrieved steps/retrieved/flowers --target 20 \\
+        --clusters steps/clusters/web --out even
+    """
+    from curation.errors import ConfigError
+    from curation.storage import absolute
+    from pipelines.rebalance import RebalanceUnit, parts_from_sets
+
+    places = _absolute(retrieved)
+    parts = parts_from_sets(as_is or [], places, target, max_copies)
+    if not parts:
+        raise ConfigError("nothing to select: give --as-is, --retrieved or --target")
+    if target is not None and not clusters:
+        raise ConfigError("--target needs --clusters")
+    by_name = {place.rpartition("/")[2]: place for place in places}
+    unit = RebalanceUnit(parts, _absolute(filtered), by_name, _absolute(clusters), seed, absolute(out))
+    _run(unit, overwrite, workers, address, local)
+
+
+def shard(
+    selection: Annotated[str, typer.Argument(metavar="SELECTION", help="The selection.")],
+    images: Annotated[
+        list[str], typer.Option(help="Images of every source, in the order the selection was made with.")
+    ],
+    out: Out,
+    clusters: Annotated[list[str] | None, typer.Option(help="Clusters of the pools, one set for each.")] = None,
+    duplicates: Annotated[list[str] | None, typer.Option(help="Dedup's verdicts, one set for each pool.")] = None,
+    shard_bytes: Annotated[int | None, typer.Option(help="Size of a shard aimed at.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    address: Address = None,
+    local: Local = False,
+) -> None:
+    """Write the final shards, shuffled across the whole set, with every image's provenance.
+
+    \b
+    Examples:
+      lvd shard steps/selection --images steps/images/web --clusters steps/clusters/web \\
+        --duplicates steps/duplicates/web --out steps/shards
+    """
+    from curation.shards import ShardSet
+    from curation.storage import absolute
+    from pipelines.recipe import ShardSettings
+    from pipelines.shard import ShardUnit
+
+    settings = _settings(ShardSettings, "shard", shard_bytes=shard_bytes)
+    told, found = ({ShardSet(p).source: p for p in _absolute(places)} for places in (clusters, duplicates))
+    unit = ShardUnit(absolute(selection), _absolute(images), told, found, settings, seed, absolute(out))
+    _run(unit, overwrite, workers, address, local)
+
+
+filter_images.__name__ = "filter"
+
+COMMANDS = (download, filter_images, embed, dedup, cluster, retrieve, rebalance, shard)

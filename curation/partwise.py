@@ -1,0 +1,44 @@
+"""Joins between equal-numbered parts of sets that hold subsets of one images set in its order."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from curation.errors import ConfigError
+
+
+def positions_in(ids: list[str], whole: list[str], where: str) -> npt.NDArray[np.int64]:
+    """Where each of `ids` stands in `whole`, int64 [len(ids)].
+
+    An image fetched twice within one part is known by its first row. Raises ConfigError, naming `where`, when `ids`
+    is no subset of `whole` in its order: one of the two is not what the other was made with.
+    """
+    places: dict[str, int] = {}
+    for position, name in enumerate(whole):
+        places.setdefault(name, position)
+    try:
+        found = np.fromiter((places[name] for name in ids), dtype=np.int64, count=len(ids))
+    except KeyError as error:
+        raise ConfigError(f"{where}: image {error.args[0]} is not in the set it was made from") from None
+    if np.any(found[1:] <= found[:-1]):
+        raise ConfigError(f"{where}: rows are not in the order of the set it was made from")
+    return found
+
+
+def kept_ids(table: pa.Table) -> list[str]:
+    """The image ids of the rows with kept = true."""
+    return [name for name, kept in zip(table["image_id"].to_pylist(), table["kept"].to_pylist(), strict=True) if kept]
+
+
+def matrix(table: pa.Table, column: str = "embedding") -> npt.NDArray[Any]:
+    """A fixed-size list column as a matrix [rows, dim], in the column's own dtype."""
+    values = table[column].combine_chunks()
+    flat: npt.NDArray[Any] = values.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(values), values.type.list_size)
+
+
+def fixed_size_lists(values: npt.NDArray[np.generic], kind: pa.DataType) -> pa.FixedSizeListArray:
+    """The inverse of `matrix`: [rows, dim] as a column of type `kind`."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)

@@ -1,0 +1,1 @@
+"""Image bytes to vectors: decoding, preprocessing and the models."""

@@ -1,0 +1,202 @@
+"""Where work runs: in this process, or on Ray. One method, map, with bounded work in flight.
+
+Results come as they are ready, each with the item it belongs to; an item that fails yields its exception, so that
+the others go on. Memory does not grow with the number of items.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from curation.errors import ConfigError, LvdError
+
+Result = TypeVar("Result")
+Outcome = tuple[int, Any]
+
+OBJECT_STORE_BYTES = 200_000_000
+"""Ray's object store on one machine; nothing large travels through it, parts go through storage."""
+
+ATTEMPTS = 3
+"""How often a task lost with its worker is begun again."""
+
+CONNECT_SECONDS = 10.0
+"""How long an address may take to answer."""
+
+SAME_CODE = "every node needs this code: install it there, or send it along with `ray job submit --working-dir`"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one worker needs to run a piece of work.
+
+    Attributes:
+        resident: the work holds something costly (a model, a connection pool) that one worker loads once.
+        gpus: GPUs for one worker.
+    """
+
+    resident: bool = False
+    gpus: float = 0
+
+
+class Executor(Protocol):
+    """Runs `work(item)` for many items."""
+
+    @property
+    def workers(self) -> int:
+        """How many items are worked on at once."""
+        ...
+
+    def map(self, work: Callable[[int], Any], items: Iterable[int], needs: Needs) -> Iterator[Outcome]:
+        """Yield (item, result or exception) as they are ready, in no particular order."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held."""
+        ...
+
+
+class LocalExecutor:
+    """Everything in this process, one item after the other: for debugging and the smallest runs."""
+
+    workers = 1
+
+    def map(self, work: Callable[[int], Any], items: Iterable[int], needs: Needs) -> Iterator[Outcome]:
+        for item in items:
+            try:
+                yield item, work(item)
+            except Exception as error:
+                yield item, error
+
+    def close(self) -> None:
+        return None
+
+
+class RayExecutor:
+    """Ray tasks for stateless work, actors where something is loaded once per worker.
+
+    Tasks lost with a worker or a node are begun again by Ray; exceptions are not retried, they come back.
+    """
+
+    def __init__(self, workers: int | None = None, address: str | None = None) -> None:
+        """Connect to the cluster at `address` (or of RAY_ADDRESS), else start Ray on this machine.
+
+        Raises ConfigError when no cluster answers at the address.
+        """
+        address = address or os.environ.get("RAY_ADDRESS")
+        if not address:  # a record of every task, for a dashboard that is not there
+            os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+        self._ray = _ray()
+        if address and not _listens(address):
+            raise ConfigError(f"no Ray cluster answers at {address}: nothing listens there")
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+        if address:
+            options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+        else:
+            workers = workers or os.cpu_count() or 1
+            options |= {"address": "local", "num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES}
+        try:
+            self._ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f"no Ray cluster answers at {address}" if address else "Ray did not start on this machine"
+            raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+        self.workers = workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+
+    def map(self, work: Callable[[int], Any], items: Iterable[int], needs: Needs) -> Iterator[Outcome]:
+        submit = self._actors(work, needs) if needs.resident else self._tasks(work, needs)
+        flying: dict[Any, tuple[int, int]] = {}
+        slots = [*range(self.workers)] * 2
+        for item in items:
+            if not slots:
+                yield from self._collect(flying, slots)
+            slot = slots.pop()
+            flying[submit(slot, item)] = (item, slot)
+        while flying:
+            yield from self._collect(flying, slots)
+
+    def _collect(self, flying: dict[Any, tuple[int, int]], slots: list[int]) -> Iterator[Outcome]:
+        """Wait for one result at least; free its slot."""
+        ready, _ = self._ray.wait(list(flying), num_returns=1)
+        for reference in ready:
+            item, slot = flying.pop(reference)
+            slots.insert(0, slot)
+            yield item, self._result(reference)
+
+    def _result(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, self._ray.exceptions.RaySystemError):
+                return ConfigError(f"a worker cannot load the work: {str(error.cause).splitlines()[0]}; {SAME_CODE}")
+            return error.cause if isinstance(error.cause, Exception) else error
+        except self._ray.exceptions.RayError as error:
+            return LvdError(f"a worker was lost {ATTEMPTS + 1} times over: {str(error).strip().splitlines()[0]}")
+
+    def _tasks(self, work: Callable[[int], Any], needs: Needs) -> Callable[[int, int], Any]:
+        shared = self._ray.put(work)
+        task = self._ray.remote(num_cpus=1, num_gpus=needs.gpus, max_retries=ATTEMPTS)(_run)
+        return lambda slot, item: task.remote(shared, item)
+
+    def _actors(self, work: Callable[[int], Any], needs: Needs) -> Callable[[int, int], Any]:
+        options = {"num_cpus": 1, "num_gpus": needs.gpus, "max_restarts": ATTEMPTS, "max_task_retries": ATTEMPTS}
+        kind = self._ray.remote(**options)(_Resident)
+        actors: dict[int, Any] = {}
+
+        def submit(slot: int, item: int) -> Any:
+            if slot not in actors:
+                actors[slot] = kind.remote(work)
+            return actors[slot].run.remote(item)
+
+        return submit
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _run(work: Callable[[int], Any], item: int) -> Any:
+    return work(item)
+
+
+class _Resident:
+    """An actor that keeps `work`, and what it has loaded, between items."""
+
+    def __init__(self, work: Callable[[int], Any]) -> None:
+        self._work = work
+
+    def run(self, item: int) -> Any:
+        return self._work(item)
+
+
+def _listens(address: str) -> bool:
+    """Whether anything does at host:port, which Ray would try for minutes; `auto` and the like are Ray's to judge."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return True
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS):
+            return True
+    except (OSError, OverflowError):
+        return False
+
+
+def _ray() -> Any:
+    """Ray, told before its import how we mean it to behave."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    return ray
+
+
+def open_executor(workers: int | None, address: str | None, local: bool) -> Executor:
+    """The executor the options ask for. Raises ConfigError for options that exclude each other."""
+    if local and (address or (workers or 1) > 1):
+        raise ConfigError(
+            "--local runs everything in this process: it goes with neither --address nor --workers above 1"
+        )
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers} is too few: at least 1 is needed")
+    return LocalExecutor() if local else RayExecutor(workers, address)

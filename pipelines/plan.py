@@ -1,0 +1,146 @@
+"""What a recipe would do, before anything runs: tasks, rows, bytes, and what is already there.
+
+Figures of sets that exist are exact; others are estimated from what the recipe declares, or from Parquet footers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pyarrow.parquet as pq
+
+from curation import storage
+from curation.errors import LvdError
+from curation.shards import ReadableParquet, ShardSet
+from pipelines.filter import BUCKET_ROWS
+from pipelines.raw import find_files, find_images
+from pipelines.recipe import PartSettings, Recipe, SourceSettings
+from pipelines.run import Plan
+from pipelines.stats import Table
+
+IMAGE_BYTES = 100_000
+"""Mean size of a web photograph, where none has been fetched yet."""
+VECTOR_BYTES = 2 * 512
+
+
+@dataclass(frozen=True)
+class Line:
+    """One set of the plan; None is unknown."""
+
+    stage: str
+    name: str
+    tasks: int | None
+    rows: int | None
+    bytes: int | None
+    state: str
+
+
+def plan_tables(recipe: Recipe, run: str | None) -> list[Table]:
+    """The plan as tables: sets to make, and the parts of the final set with their nominal sizes."""
+    counted = {name: count_rows(source) for name, source in recipe.sources.items()}
+    recipe = recipe.model_copy(update={"parts": [_sized(part, counted) for part in recipe.parts]})
+    lines = list(_lines(recipe, run, counted))
+    rows = [[line.stage, line.name, line.tasks, line.rows, _size(line.bytes), line.state] for line in lines]
+    known = sum(line.bytes or 0 for line in lines)
+    rows.append(["", "all", sum(line.tasks or 0 for line in lines), None, _size(known), ""])
+    tables = [Table("Stages", ["stage", "set", "tasks", "rows at most", "bytes about", "state"], rows)]
+    parts: list[list[str | int | None]] = [[part.title, part.nominal] for part in recipe.parts]
+    parts.append(["total of those known", nominal_total(recipe)])
+    return [*tables, Table("Parts of the final set", ["part", "images (nominal)"], parts)]
+
+
+def nominal_total(recipe: Recipe) -> int:
+    """Images of the final set as the recipe's own figures have it (paper, Table 15). Unknown parts count nothing."""
+    return sum(part.nominal or 0 for part in recipe.parts)
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} PB"
+
+
+def count_rows(source: SourceSettings) -> int | None:
+    """Rows of a source: from Parquet footers and listings where it is at hand, else as declared; text is not read."""
+    try:
+        if source.folder:
+            return len(find_images(source.folder))
+        files = find_files(source.urls or source.images or "")
+        if all(name.endswith(".parquet") for name in files):
+            return sum(_footer_rows(name) for name in files)
+    except (LvdError, OSError):
+        return source.rows
+    return source.rows
+
+
+def _footer_rows(uri: str) -> int:
+    with storage.open_input(uri) as file, ReadableParquet(uri):
+        return int(pq.ParquetFile(file).metadata.num_rows)
+
+
+def _sized(part: PartSettings, rows: dict[str, int | None]) -> PartSettings:
+    """A part with the number of its images, if the recipe does not say it but the source is at hand."""
+    if part.images is not None or part.balanced:
+        return part
+    return part.model_copy(update={"images": rows[part.as_is or part.retrieved or ""]})
+
+
+def _lines(recipe: Recipe, run: str | None, rows: dict[str, int | None]) -> Iterator[Line]:
+    plan = Plan(recipe, run or "run")
+    for stage, name, count, row_bytes, tasks in _expected(recipe, plan, rows):
+        if tasks is None and count is not None:
+            tasks = -(-count // recipe.rows_per_part)
+        size = None if count is None else int(count * row_bytes)
+        line = Line(stage, name, tasks, count, size, "to do")
+        yield _found(line, ShardSet(plan.place(*name.split("/")))) if run else line
+
+
+def _expected(
+    recipe: Recipe, plan: Plan, rows: dict[str, int | None]
+) -> Iterator[tuple[str, str, int | None, float, int | None]]:
+    """(stage, set, rows, bytes a row, tasks where they do not follow from the rows) of every set."""
+    for name, source in recipe.sources.items():
+        if source.urls:
+            yield "download", f"urls/{name}", rows[name], 60, None
+        yield "download", f"images/{name}", rows[name], IMAGE_BYTES, None
+    for name in recipe.sources:
+        yield "filter", f"index/{name}", rows[name], 40, -(-(rows[name] or 1) // BUCKET_ROWS)
+        yield "filter", f"filtered/{name}", rows[name], 36, None
+    for unit in plan.embed():
+        source_name = unit.out.rpartition("/")[2]
+        yield "embed", f"embeddings/{unit.name}/{source_name}", rows[source_name], VECTOR_BYTES + 32, None
+    for name in plan.pools:
+        yield "dedup", f"duplicates/{name}", rows[name], 80, None
+    if plan.needs_clusters:
+        yield "cluster", "centroids", recipe.cluster.num_clusters, 2 * VECTOR_BYTES, 1
+        for name in plan.pools:
+            yield "cluster", f"clusters/{name}", rows[name], 40, None
+    for name in plan.retrieved_for:
+        nominal = [part.nominal for part in recipe.parts if part.retrieved == name]
+        count = None if None in nominal else sum(n or 0 for n in nominal)
+        modes = [part.mode for part in recipe.parts if part.retrieved == name]
+        asked = _tasks(recipe, [rows[name]] if "sample" in modes else [])
+        tasks = None if asked is None else asked + modes.count("cluster")
+        yield "retrieve", f"retrieved/{name}", count, 80, tasks
+    total = nominal_total(recipe) or None
+    yield "rebalance", "selection", total, 60, _tasks(recipe, [rows[name] for name in plan.contributors])
+    yield "shard", "shards", total, IMAGE_BYTES, max(1, round((total or 0) * IMAGE_BYTES / recipe.shard.shard_bytes))
+
+
+def _tasks(recipe: Recipe, rows: list[int | None]) -> int | None:
+    """Parts of sources with so many rows each, if all are known."""
+    return None if None in rows else sum(-(-(count or 0) // recipe.rows_per_part) for count in rows)
+
+
+def _found(line: Line, shard_set: ShardSet) -> Line:
+    """The line with exact figures, as far as the set is there."""
+    if shard_set.is_complete:
+        manifest = shard_set.manifest
+        return Line(line.stage, line.name, shard_set.num_parts, manifest["rows"], manifest["bytes"], "done")
+    if committed := len(shard_set.committed()):
+        return replace(line, state=f"{committed} parts done")
+    return line

@@ -1,0 +1,176 @@
+"""What a run did, in numbers: the funnel, rejects, sources, query sets and the balance of clusters."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from curation.sampling import entropy, gini, normalized_entropy
+from curation.shards import ShardSet
+from pipelines.catalog import complete_sets, one_line_errors, open_catalog
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a report: a title, column names and rows of plain values."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+def report(run: str) -> list[Table]:
+    """All tables that the complete sets of a run allow."""
+    sets = complete_sets(run)
+    connection = open_catalog(run)
+    with one_line_errors():
+        tables = [
+            funnel(sets, connection),
+            verdicts(sets, connection),
+            rejects(sets),
+            sources(sets, connection),
+            query_sets(sets, connection),
+            balance(sets, connection),
+        ]
+    return [table for table in tables if table.rows]
+
+
+def _of_kind(sets: dict[str, ShardSet], kind: str, role: str | None = None) -> list[ShardSet]:
+    found = [s for name, s in sets.items() if name.split("/")[0] == kind]
+    return [s for s in found if role is None or s.labels.get("role") == role]
+
+
+def _one(connection: Any, sql: str) -> int:
+    value = connection.execute(sql).fetchone()[0]
+    return int(value or 0)
+
+
+def _pool_names(sets: dict[str, ShardSet]) -> str:
+    return ", ".join("'" + str(s.labels["source"]) + "'" for s in _of_kind(sets, "images", "pool"))
+
+
+def funnel(sets: dict[str, ShardSet], connection: Any) -> Table:
+    """From the pools' inputs to the final shards; each row with what is left of the one before."""
+    images, filtered = _of_kind(sets, "images", "pool"), _of_kind(sets, "filtered", "pool")
+    steps: list[tuple[str, int]] = []
+    if images:
+        steps.append(("pool rows", sum(s.num_rows + s.manifest["rejects"] for s in images)))
+        steps.append(("fetched", sum(s.num_rows for s in images)))
+    if filtered:
+        where = f"source IN ({_pool_names(sets)})"
+        steps.append(
+            (
+                "unique",
+                _one(
+                    connection,
+                    f"SELECT count(*) FROM filtered WHERE {where} AND reason IS DISTINCT FROM 'exact_duplicate'",
+                ),
+            )
+        )
+        steps.append(("kept by filter", _one(connection, f"SELECT count(*) FROM filtered WHERE {where} AND kept")))
+    if "duplicates" in {name.split("/")[0] for name in sets}:
+        steps.append(("embedded", _one(connection, "SELECT count(*) FROM duplicates")))
+        steps.append(
+            (
+                "after self-dedup",
+                _one(connection, "SELECT count(*) FROM duplicates WHERE reason IS DISTINCT FROM 'near_duplicate'"),
+            )
+        )
+        steps.append(("after relative dedup", _one(connection, "SELECT count(*) FROM duplicates WHERE kept")))
+    rows = [[name, count, _share(count, steps[i - 1][1]) if i else ""] for i, (name, count) in enumerate(steps)]
+    if retrieved := _of_kind(sets, "retrieved"):
+        rows.append(["retrieved (nominal)", sum(s.num_rows for s in retrieved), ""])
+        rows.append(["retrieved (unique)", _one(connection, "SELECT count(DISTINCT image_id) FROM retrieved"), ""])
+    if "selection" in sets:
+        rows.append(["selected", sets["selection"].num_rows, ""])
+    if "shards" in sets:
+        rows.append(["in shards (copies counted)", sets["shards"].num_rows, ""])
+    return Table("Funnel", ["step", "images", "of the step before"], rows)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else ""
+
+
+def verdicts(sets: dict[str, ShardSet], connection: Any) -> Table:
+    """Images of the pools that a deciding stage dropped, by reason."""
+    rows: list[list[Any]] = []
+    for kind in ("filtered", "duplicates"):
+        if _of_kind(sets, kind, "pool"):
+            where = f"source IN ({_pool_names(sets)}) AND NOT kept"
+            sql = f"SELECT reason, count(*) FROM {kind} WHERE {where} GROUP BY 1 ORDER BY 1"
+            rows += [[kind, reason, count] for reason, count in connection.execute(sql).fetchall()]
+    return Table("Dropped from the pools", ["by", "reason", "images"], rows)
+
+
+def rejects(sets: dict[str, ShardSet]) -> Table:
+    """Rows that could not be processed, by set and reason."""
+    rows = [[name, reason, count] for name, s in sets.items() for reason, count in s.manifest["reasons"].items()]
+    return Table("Rejects", ["set", "reason", "rows"], rows)
+
+
+def sources(sets: dict[str, ShardSet], connection: Any) -> Table:
+    """Each source: images, kept, and how many are in the final set."""
+    rows: list[list[Any]] = []
+    for shard_set in _of_kind(sets, "images"):
+        name = shard_set.source
+        kept = selected = None
+        if f"filtered/{name}" in sets:
+            kept = _one(connection, f"SELECT count(*) FROM filtered WHERE source = '{name}' AND kept")
+        if "selection" in sets:
+            selected = _one(connection, f"SELECT count(*) FROM selection WHERE source = '{name}'")
+        rows.append([name, shard_set.labels["role"], shard_set.num_rows, kept, selected])
+    return Table("Sources", ["source", "role", "images", "kept by filter", "selected"], rows)
+
+
+def query_sets(sets: dict[str, ShardSet], connection: Any) -> Table:
+    """What was retrieved for each query set: nominal rows and unique images."""
+    if not _of_kind(sets, "retrieved"):
+        return Table("Retrieved", [], [])
+    sql = "SELECT query_set, mode, count(*), count(DISTINCT image_id) FROM retrieved GROUP BY ALL ORDER BY ALL"
+    rows = [list(row) for row in connection.execute(sql).fetchall()]
+    return Table("Retrieved", ["query set", "mode", "nominal", "unique"], rows)
+
+
+def balance(sets: dict[str, ShardSet], connection: Any) -> Table:
+    """Images over clusters: what dedup kept, and what is in the final shards."""
+    if "centroids" not in sets:
+        return Table("Balance", [], [])
+    num_clusters = sets["centroids"].num_rows
+    counts = [("pool after dedup", "SELECT cluster_1 AS c, count(*) FROM clusters GROUP BY 1")]
+    if "shards" in sets:
+        counts.append(
+            ("final shards", "SELECT clusters[1] AS c, count(*) FROM shards WHERE clusters IS NOT NULL GROUP BY 1")
+        )
+    rows = []
+    for name, sql in counts:
+        sizes = _counts(connection.execute(sql).fetchall(), num_clusters)
+        figures = [round(entropy(sizes), 3), round(normalized_entropy(sizes), 3), round(gini(sizes), 3)]
+        rows.append([name, int(sizes.sum()), int((sizes > 0).sum()), *figures])
+    columns = ["images over clusters", "images", "clusters with images", "entropy (nats)", "normalized", "Gini"]
+    return Table("Balance", columns, rows)
+
+
+def _counts(rows: list[tuple[int, int]], num_clusters: int) -> npt.NDArray[np.int64]:
+    sizes = np.zeros(num_clusters, np.int64)
+    for cluster, count in rows:
+        sizes[cluster] = count
+    return sizes
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown; bars in values are escaped, and lines joined."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    cells = [[" ".join(cell(v).replace("|", "\\|").splitlines()) for v in row] for row in table.rows]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

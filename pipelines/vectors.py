@@ -1,0 +1,110 @@
+"""Embeddings of several sources as one sequence of vectors, read in blocks of bounded size.
+
+Global steps number vectors through: sources in order, their parts in order. `Vectors` translates, and reads any
+block of rows without holding more than it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from curation.errors import ConfigError
+from curation.hashing import id_words
+from curation.partwise import kept_ids, matrix, positions_in
+from curation.shards import ShardSet
+
+BLOCK_ROWS = 8_192
+"""Vectors of one block of a join; with d numbers each a block takes 2d bytes a vector, 4d more while it is searched."""
+
+
+@dataclass
+class Vectors:
+    """The embedding sets at `uris`, numbered through."""
+
+    uris: list[str]
+
+    @cached_property
+    def sets(self) -> list[ShardSet]:
+        return [ShardSet(uri) for uri in self.uris]
+
+    @cached_property
+    def places(self) -> list[tuple[ShardSet, int]]:
+        """(set, part) of every part in order."""
+        return [(shard_set, part) for shard_set in self.sets for part in range(shard_set.num_parts)]
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """int64 [number of parts + 1]: number of the first vector of each part."""
+        counts = np.concatenate([np.zeros(1, np.int64), *(shard_set.rows_per_part for shard_set in self.sets)])
+        return np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a vector."""
+        return int(self.sets[0].manifest["info"]["dim"])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of BLOCK_ROWS vectors."""
+        return -(-len(self) // BLOCK_ROWS)
+
+    def block(self, number: int) -> npt.NDArray[np.float16]:
+        """Vectors [number * BLOCK_ROWS, ...), float16 [at most BLOCK_ROWS, dim]."""
+        return self.read(number * BLOCK_ROWS, min((number + 1) * BLOCK_ROWS, len(self)))
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float16]:
+        """Vectors [start, stop), float16 [stop - start, dim]."""
+        pieces = [matrix(table) for table in self._tables(start, stop, "embedding")]
+        return np.concatenate(pieces) if pieces else np.zeros((0, self.dim), np.float16)
+
+    def words(self, start: int, stop: int) -> npt.NDArray[np.uint64]:
+        """Ids of vectors [start, stop), uint64 [stop - start, 2]."""
+        ids = [name for table in self._tables(start, stop, "image_id") for name in table["image_id"].to_pylist()]
+        return id_words(ids)
+
+    def _tables(self, start: int, stop: int, column: str) -> Iterator[pa.Table]:
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        for slot in range(first, len(self.places)):
+            begin, end = int(self.offsets[slot]), int(self.offsets[slot + 1])
+            if begin >= stop:
+                return
+            shard_set, part = self.places[slot]
+            low, high = max(start, begin), min(stop, end)
+            if high > low:
+                yield shard_set.read_rows(part, low - begin, high - begin, [column])
+
+
+def check_same_model(uris: list[str]) -> None:
+    """Refuse (ConfigError) sets of vectors that different models, or one in different precision, have made."""
+    sets = [ShardSet(uri).require("embeddings") for uri in uris]
+    for other in sets[1:]:
+        if other.manifest["config"] != sets[0].manifest["config"]:
+            raise ConfigError(
+                f"{sets[0].uri} ({sets[0].manifest['config']['model'][:12]}) and {other.uri} "
+                f"({other.manifest['config']['model'][:12]}) were not made by one model in one way; "
+                "embed one of them again"
+            )
+
+
+def kept_part(embeddings: ShardSet, duplicates: ShardSet, part: int) -> tuple[list[str], npt.NDArray[np.float16]]:
+    """Ids and vectors, float16 [n, dim], of the images of a part that dedup kept and that have a vector."""
+    kept = set(kept_ids(duplicates.read(part, ["image_id", "kept"])))
+    table = embeddings.read(part)
+    ids = table["image_id"].to_pylist()
+    chosen = np.asarray([name in kept for name in ids], dtype=bool)
+    return [name for name in ids if name in kept], matrix(table)[chosen]
+
+
+def areas(images: ShardSet, part: int, ids: list[str]) -> npt.NDArray[np.int64]:
+    """Pixels of the images called `ids`, which lie in that part in that order; int64 [len(ids)]."""
+    table = images.read(part, ["image_id", "width", "height"])
+    at = positions_in(ids, table["image_id"].to_pylist(), images.part_uri(part))
+    pixels: npt.NDArray[np.int64] = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
+    return pixels[at]

@@ -1,0 +1,106 @@
+"""Figures of a run, against counting rows one by one."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curation.sampling import entropy, gini, normalized_entropy
+from curation.shards import ShardSet
+from pipelines.stats import Table, cell, markdown, report
+from tests.builders import image_table, rows_of, write_set
+
+POOLS = ("web", "book")
+
+
+@pytest.fixture(scope="module")
+def tables(tiny_run: Path) -> dict[str, Table]:
+    return {table.title: table for table in report(str(tiny_run))}
+
+
+def by_name(table: Table) -> dict[str, list[object]]:
+    return {row[0]: row[1:] for row in table.rows}
+
+
+def test_the_funnel(tiny_run: Path, tables: dict[str, Table]) -> None:
+    funnel = {name: row[0] for name, row in by_name(tables["Funnel"]).items()}
+    filtered = [row for name in POOLS for row in rows_of(tiny_run / "filtered" / name)]
+    duplicates = [row for name in POOLS for row in rows_of(tiny_run / "duplicates" / name)]
+    retrieved = rows_of(tiny_run / "retrieved/birds")
+    assert funnel == {
+        "pool rows": 51,
+        "fetched": 49,
+        "unique": sum(row["reason"] != "exact_duplicate" for row in filtered),
+        "kept by filter": sum(row["kept"] for row in filtered),
+        "embedded": len(duplicates),
+        "after self-dedup": sum(row["reason"] != "near_duplicate" for row in duplicates),
+        "after relative dedup": sum(row["kept"] for row in duplicates),
+        "retrieved (nominal)": len(retrieved),
+        "retrieved (unique)": len({row["image_id"] for row in retrieved}),
+        "selected": len(rows_of(tiny_run / "selection")),
+        "in shards (copies counted)": len(rows_of(tiny_run / "shards")),
+    }
+    assert funnel["unique"] == 48
+    assert funnel["kept by filter"] == 45
+    assert funnel["after self-dedup"] < funnel["embedded"]
+    assert funnel["after relative dedup"] < funnel["after self-dedup"]
+    assert by_name(tables["Funnel"])["fetched"][1] == f"{100 * 49 / 51:.1f} %"
+
+
+def test_verdicts_and_rejects(tiny_run: Path, tables: dict[str, Table]) -> None:
+    counts: Counter[tuple[str, str]] = Counter()
+    for kind in ("filtered", "duplicates"):
+        for name in POOLS:
+            counts.update((kind, row["reason"]) for row in rows_of(tiny_run / kind / name) if not row["kept"])
+    assert {(row[0], row[1]): row[2] for row in tables["Dropped from the pools"].rows} == dict(counts)
+    assert {reason for kind, reason in counts if kind == "filtered"} == {
+        "exact_duplicate",
+        "too_elongated",
+        "too_small",
+        "undecodable",
+    }
+    assert tables["Rejects"].rows == [["images/web", "empty", 1], ["images/web", "not_an_image", 1]]
+
+
+def test_sources_and_query_sets(tiny_run: Path, tables: dict[str, Table]) -> None:
+    selected = Counter(row["source"] for row in rows_of(tiny_run / "selection"))
+    for name, row in by_name(tables["Sources"]).items():
+        filtered = rows_of(tiny_run / "filtered" / name)
+        assert row == [
+            {"birds": "query", "bench": "reference"}.get(name, "pool"),
+            len(filtered),
+            sum(r["kept"] for r in filtered),
+            selected[name],
+        ]
+    modes = Counter(row["mode"] for row in rows_of(tiny_run / "retrieved/birds"))
+    assert {row[1]: row[2] for row in tables["Retrieved"].rows} == dict(modes)
+
+
+def test_balance(tiny_run: Path, tables: dict[str, Table]) -> None:
+    before = Counter(row["cluster_1"] for name in POOLS for row in rows_of(tiny_run / "clusters" / name))
+    after = Counter(row["clusters"][0] for row in rows_of(tiny_run / "shards") if row["clusters"])
+    for name, counts in (("pool after dedup", before), ("final shards", after)):
+        sizes = np.array([counts[c] for c in range(4)])
+        figures = [round(f(sizes), 3) for f in (entropy, normalized_entropy, gini)]
+        assert by_name(tables["Balance"])[name] == [sizes.sum(), (sizes > 0).sum(), *figures]
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    write_set(tmp_path / "images/web", "images", [image_table([b"x", b"y"])], source="web", role="pool")
+    assert [(t.title, t.rows) for t in report(str(tmp_path))] == [
+        ("Funnel", [["pool rows", 2, ""], ["fetched", 2, "100.0 %"]]),
+        ("Sources", [["web", "pool", 2, None, None]]),
+    ]
+
+
+def test_a_run_cut_off_after_any_stage_can_be_told_of(run_copy: Path) -> None:
+    for name in ("shards", "selection", "retrieved/birds", "clusters/web", "centroids", "duplicates/web"):
+        ShardSet(str(run_copy / name)).delete()
+        assert report(str(run_copy))[0].title == "Funnel"
+
+
+def test_markdown() -> None:
+    table = Table("T", ["a", "b"], [["x|y", 1234567], [None, 0.5]])
+    assert markdown(table) == "| a | b |\n|---|---|\n| x\\|y | 1,234,567 |\n|  | 0.5 |"
+    assert [cell(v) for v in (None, 1000, 1.5, True, "x")] == ["", "1,000", "1.5", "True", "x"]

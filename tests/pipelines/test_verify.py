@@ -1,0 +1,284 @@
+"""Proof of a run: a clean one has no problems, and each kind of damage is found and named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from curation import storage
+from curation.manifest import Input, Origin, checksum, part_name
+from curation.shards import MANIFEST, PartWriter, ShardSet
+from pipelines.catalog import find_sets
+from pipelines.executor import LocalExecutor
+from pipelines.progress import quiet
+from pipelines.recipe import load_recipe
+from pipelines.run import Plan
+from pipelines.verify import verify
+from tests.builders import execute, rejects_of
+
+PARTWISE = ["images/web", "filtered/web", "embeddings/default/web", "duplicates/web", "clusters/web", "selection"]
+
+
+def problems(run: Path) -> dict[str, list[str]]:
+    """All that is found, by set."""
+    found: dict[str, list[str]] = {}
+    for name, problem in verify(str(run), LocalExecutor(), quiet()):
+        found.setdefault(name, []).append(problem)
+    return found
+
+
+def full_part(run: Path, name: str) -> int:
+    """A part of a set with several rows."""
+    return int(ShardSet(str(run / name)).rows_per_part.argmax())
+
+
+def rewrite(run: Path, name: str, part: int, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Write a part anew, with a commit to match."""
+    shard_set = ShardSet(str(run / name))
+    table, commit = shard_set.read(part), shard_set.commit(part)
+    rejects = rejects_of(run / name, part) if commit.rejects else []
+    with PartWriter(shard_set.uri, part, table.schema, commit.fingerprint) as writer:
+        writer.write(change(table), 64)
+        for reject in rejects:
+            writer.reject(reject.pop("reason"), **reject)
+
+
+def forge(run: Path) -> None:
+    """Make all manifests and fingerprints follow from what lies there, as someone would who wants to hide a change."""
+    for shard_set in find_sets(str(run)).values():
+        manifest, inputs = shard_set.manifest, []
+        for known in manifest["inputs"]:
+            if known["uri"]:
+                upstream = ShardSet(storage.resolve(known["uri"], shard_set.uri))
+                known = {**known, "content": upstream.content, "uri": upstream.uri}
+            inputs.append(Input(**known))
+        old = Origin.from_record(manifest)
+        origin = Origin(old.kind, old.stage, old.version, old.config, tuple(inputs), old.labels)
+        for part in range(shard_set.num_parts):
+            path = Path(shard_set.uri) / "_commits" / f"{part_name(part)}.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": origin.fingerprint}))
+        shard_set.finish(origin, shard_set.num_parts, manifest["info"])
+
+
+def test_a_run_as_it_was_made_has_no_problems(tiny_run: Path, run_copy: Path) -> None:
+    assert problems(tiny_run) == {}
+    assert problems(run_copy) == {}  # nor has one that was moved
+
+
+def test_forging_nothing_leaves_no_problems(run_copy: Path) -> None:
+    """Else the tests below would find the forgery itself."""
+    rewrite(run_copy, "images/web", 0, lambda table: table)
+    forge(run_copy)
+    assert problems(run_copy) == {}
+
+
+def all_files(run: Path, pattern: str) -> list[Path]:
+    return sorted(p for p in run.rglob(pattern) if p.is_file())
+
+
+def test_a_flipped_byte_is_found_in_every_set(run_copy: Path, tiny_run: Path) -> None:
+    for name, shard_set in find_sets(str(run_copy)).items():
+        part = full_part(run_copy, name)
+        path = Path(shard_set.part_uri(part))
+        data = path.read_bytes()
+        for place in (0, len(data) // 2, len(data) - 1):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        found = problems(run_copy)[name]
+        assert any(f"{part_name(part)}.parquet is damaged" in problem for problem in found)
+        path.write_bytes(data)
+
+
+def only_damage(run: Path, name: str, *words: str) -> None:
+    """The set is named with a problem that holds `words`; other sets at most say that they cannot use it."""
+    found = problems(run)
+    assert any(all(word in problem for word in words) for problem in found.get(name, [])), found
+
+
+def test_a_flipped_byte_in_the_rejects(run_copy: Path) -> None:
+    (path,) = all_files(run_copy / "images" / "web", "rejects/*.parquet")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    only_damage(run_copy, "images/web", f"rejects/{path.name} is damaged")
+
+
+def test_deleted_and_unexpected_rejects(run_copy: Path) -> None:
+    (path,) = all_files(run_copy / "images" / "web", "rejects/*.parquet")
+    path.rename(path.with_name("part-00000.parquet"))
+    assert path.name != "part-00000.parquet"
+    only_damage(run_copy, "images/web", f"rejects/{path.name} is missing")
+    only_damage(run_copy, "images/web", "rejects/part-00000 is there, but its commit tells of no rejects")
+
+
+@pytest.mark.parametrize("name", [*PARTWISE, "index/web", "centroids", "retrieved/birds", "shards"])
+def test_a_deleted_part(run_copy: Path, name: str) -> None:
+    part = full_part(run_copy, name)
+    Path(ShardSet(str(run_copy / name)).part_uri(part)).unlink()
+    only_damage(run_copy, name, f"{part_name(part)}.parquet is missing")
+
+
+@pytest.mark.parametrize("name", ["images/web", "centroids", "shards"])
+def test_a_deleted_commit(run_copy: Path, name: str) -> None:
+    (run_copy / name / "_commits" / "part-00000.json").unlink()
+    only_damage(run_copy, name, "part-00000 has no commit")
+
+
+@pytest.mark.parametrize("name", ["images/web", "shards"])
+def test_a_truncated_part(run_copy: Path, name: str) -> None:
+    path = run_copy / name / "part-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    only_damage(run_copy, name, "part-00000.parquet is damaged")
+
+
+@pytest.mark.parametrize("name", ["images/web", "selection", "shards"])
+def test_an_extra_part(run_copy: Path, name: str) -> None:
+    parts = ShardSet(str(run_copy / name)).num_parts
+    extra = part_name(parts + 3)
+    (run_copy / name / f"{extra}.parquet").write_bytes((run_copy / name / "part-00000.parquet").read_bytes())
+    assert problems(run_copy) == {name: [f"{extra} is there, but the set has {parts} parts"]}
+
+
+def edit(run: Path, name: str, change: dict[str, Any], fix_checksum: bool) -> None:
+    path = run / name / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest |= {key: value(manifest) if callable(value) else value for key, value in change.items()}
+    if fix_checksum:
+        manifest["checksum"] = checksum(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+EDITS: dict[str, tuple[dict[str, Any], str]] = {
+    "rows": ({"rows": lambda m: m["rows"] + 1}, "rows does not follow from the commits"),
+    "rows_per_part": ({"rows_per_part": lambda m: m["rows_per_part"][::-1]}, "rows_per_part does not follow"),
+    "rejects": ({"rejects": 7}, "rejects does not follow"),
+    "reasons": ({"reasons": {"x": 1}}, "reasons does not follow"),
+    "bytes": ({"bytes": 1}, "bytes does not follow"),
+    "content": ({"content": "0" * 64}, "content does not follow"),
+    "config": ({"config": {"min_side": 1}}, "the fingerprint does not follow from its settings"),
+    "stage": ({"stage": "magic"}, "the fingerprint does not follow"),
+    "fingerprint": ({"fingerprint": "0" * 64}, "the fingerprint does not follow"),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+@pytest.mark.parametrize("fix_checksum", [False, True])
+def test_a_manifest_edited_by_hand(run_copy: Path, what: str, fix_checksum: bool) -> None:
+    change, message = EDITS[what]
+    edit(run_copy, "filtered/web", change, fix_checksum)
+    found = "\n".join(problems(run_copy)["filtered/web"])
+    assert (message if fix_checksum else "manifest.json was edited after it was written") in found
+
+
+def test_a_manifest_edited_with_its_fingerprint(run_copy: Path) -> None:
+    def forged(manifest: dict[str, Any]) -> str:
+        return Origin.from_record({**manifest, "config": {"min_side": 1}}).fingerprint
+
+    edit(run_copy, "filtered/web", {"fingerprint": forged, "config": {"min_side": 1}}, True)
+    only_damage(run_copy, "filtered/web", "part-00000 was made from something else than the set")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1', '{"rows_per_part": "many"}'])
+def test_a_manifest_that_cannot_be_read(run_copy: Path, text: str) -> None:
+    (run_copy / "filtered" / "web" / MANIFEST).write_text(text)
+    only_damage(run_copy, "filtered/web", MANIFEST)
+
+
+def test_a_manifest_without_a_key(run_copy: Path) -> None:
+    path = run_copy / "filtered" / "web" / MANIFEST
+    manifest = json.loads(path.read_text())
+    for key in manifest:
+        path.write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
+        only_damage(run_copy, "filtered/web", MANIFEST)
+
+
+@pytest.mark.parametrize("name", [*PARTWISE, "index/web"])
+def test_two_swapped_rows_are_found_by_their_order_alone(run_copy: Path, name: str) -> None:
+    """Files, commits, manifests and fingerprints all agree."""
+    part = full_part(run_copy, name)
+    rewrite(run_copy, name, part, lambda t: pa.concat_tables([t.slice(1, 1), t.slice(0, 1), t.slice(2)]))
+    forge(run_copy)
+    only_damage(run_copy, name, part_name(part), "swapped or out of order")
+
+
+@pytest.mark.parametrize("name", PARTWISE)
+def test_a_dropped_row_is_found_by_its_absence_alone(run_copy: Path, name: str) -> None:
+    part = full_part(run_copy, name)
+    rewrite(run_copy, name, part, lambda t: pa.concat_tables([t.slice(0, 1), t.slice(2)]))
+    forge(run_copy)
+    if name == "selection":
+        only_damage(run_copy, "shards", "copies are selected")
+    else:
+        only_damage(run_copy, name, part_name(part))
+
+
+@pytest.mark.parametrize("name", ["index/web", "shards"])
+def test_a_dropped_row_is_found_by_the_sums(run_copy: Path, name: str) -> None:
+    rewrite(run_copy, name, full_part(run_copy, name), lambda t: t.slice(1))
+    forge(run_copy)
+    assert set(problems(run_copy)) == {name}
+
+
+def test_an_image_in_place_of_another_is_found_by_the_sums(run_copy: Path) -> None:
+    rewrite(run_copy, "shards", 0, lambda t: pa.concat_tables([t.slice(1, 1), t.slice(1)]))
+    forge(run_copy)
+    assert problems(run_copy) == {"shards": ["do not hold the images that are selected: the sums of ids differ"]}
+
+
+@pytest.mark.parametrize("name", ["images/web", "shards"])
+def test_an_image_under_the_name_of_another(run_copy: Path, name: str) -> None:
+    def swapped(table: pa.Table) -> pa.Table:
+        pictures = table["image"].to_pylist()
+        pictures[:2] = pictures[1::-1]
+        at = table.schema.names.index("image")
+        return table.set_column(at, table.schema.field(at), pa.array(pictures, pa.binary()))
+
+    part = full_part(run_copy, name)
+    rewrite(run_copy, name, part, swapped)
+    forge(run_copy)
+    only_damage(run_copy, name, part_name(part), "is not the hash of its bytes")
+
+
+def test_a_retrieved_image_that_is_not_kept(run_copy: Path) -> None:
+    def stranger(table: pa.Table) -> pa.Table:
+        at = table.schema.names.index("image_id")
+        names = ["0" * 32, *table["image_id"].to_pylist()[1:]]
+        return table.set_column(at, table.schema.field(at), pa.array(names, pa.string()))
+
+    part = full_part(run_copy, "retrieved/birds")
+    rewrite(run_copy, "retrieved/birds", part, stranger)
+    forge(run_copy)
+    only_damage(run_copy, "retrieved/birds", part_name(part), "images are not kept in duplicates/", "0" * 32)
+
+
+def test_a_stale_upstream_is_named(run_copy: Path, tiny_recipe: Path) -> None:
+    """The filter of one source was made again with another rule; what follows from it was not."""
+    changed = load_recipe(str(tiny_recipe), ["filter.min_side=8"])
+    execute(next(iter(Plan(changed, str(run_copy)).filter())), overwrite=True)
+    found = problems(run_copy)
+    for name in ("embeddings/default/web", "selection"):
+        assert "is stale: filtered/web has changed since it was made from it" in found[name]
+    assert not any("stale" in problem for problem in found.get("filtered/web", []))
+    assert "embeddings/default/book" not in found
+
+
+def test_an_upstream_that_is_gone_is_named(run_copy: Path) -> None:
+    ShardSet(str(run_copy / "filtered/web")).delete()
+    found = problems(run_copy)
+    assert "filtered/web, from which it was made, is not there or not complete" in found["embeddings/default/web"]
+
+
+def test_a_set_that_is_not_complete_is_named(run_copy: Path) -> None:
+    (run_copy / "shards" / MANIFEST).unlink()
+    assert problems(run_copy) == {"shards": ["is not complete: run again to resume"]}
+
+
+def test_damage_is_not_blamed_on_what_cannot_be_summed(run_copy: Path) -> None:
+    """Where a part could not be read, sums over the set say nothing."""
+    path = run_copy / "images" / "web" / "part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    found = problems(run_copy)
+    assert "images/web" in found
+    assert "index/web" not in found

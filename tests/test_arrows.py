@@ -1,0 +1,46 @@
+"""Which folder may import which: cli -> pipelines -> curation, embedders; Ray in one file alone."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"curation", "embedders", "pipelines", "cli", "trainer"}
+ALLOWED = {
+    "curation": set(),
+    "embedders": set(),
+    "pipelines": {"curation", "embedders"},
+    "cli": {"pipelines", "curation"},
+}
+RAY_FILES = {"pipelines/executor.py"}
+HEAVY = {"torch", "ray", "faiss", "transformers", "img2dataset"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_a_folder_imports_only_what_lies_below_it(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        crossing = imports(path) & FOLDERS - {folder} - ALLOWED[folder]
+        assert not crossing, f"{path.relative_to(ROOT)} imports {crossing}"
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_ray_is_imported_in_one_file_and_heavy_libraries_never_at_the_top(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        assert "ray" not in imports(path) or name in RAY_FILES, f"{name} imports ray"
+        assert not imports(path, top_level_only=True) & HEAVY, f"{name} imports {HEAVY} at its top"
