@@ -28,7 +28,7 @@ from PIL import Image
 from benchmarks.measure import PeakMemory, anonymous_bytes, machine
 from pipelines.executor import LocalExecutor, RayExecutor
 from pipelines.progress import quiet
-from pipelines.recipe import Recipe
+from pipelines.recipe import EmbedderSettings, Recipe
 from pipelines.run import STAGES, Plan
 from pipelines.unit import run_unit
 
@@ -114,12 +114,37 @@ def stages(folder: Path, rows: int) -> None:
     made = [recipe(write_images(folder / f"{n}.parquet", range(n)), queries, rows) for n in sizes]
     print(f"\n| stage | MB at {sizes[0]:,} | MB at {sizes[1]:,} | growth, bytes an image | declared |")
     print("|---|---:|---:|---:|---:|")
+    model = write_model(folder / "model.safetensors")
     for stage in STAGES:
-        runs = zip(made, (str(folder / f"run{n}") for n in sizes), strict=True)
-        peaks = [in_fresh_process(run_stage, stage, *run) for run in runs]
-        growth = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
-        declared = DECLARED.get(stage, 0)
-        print(f"| {stage} | {peaks[0] / 1e6:.1f} | {peaks[1] / 1e6:.1f} | {growth:.0f} | {declared} |", flush=True)
+        print_row(stage, stage, made, folder, sizes)
+        if stage == "embed":
+            print_row(stage, "embed, ViT", [with_network(values, model) for values in made], folder, sizes)
+
+
+def print_row(stage: str, title: str, recipes: list[Recipe], folder: Path, sizes: tuple[int, int]) -> None:
+    """Run a stage at both sizes and print its row of the table."""
+    runs = zip(recipes, (str(folder / f"run{n}") for n in sizes), strict=True)
+    peaks = [in_fresh_process(run_stage, stage, *run) for run in runs]
+    growth = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    declared = DECLARED.get(stage, 0)
+    print(f"| {title} | {peaks[0] / 1e6:.1f} | {peaks[1] / 1e6:.1f} | {growth:.0f} | {declared} |", flush=True)
+
+
+def write_model(file: Path) -> str:
+    """A small vision transformer of random weights; returns its specification."""
+    from embedders.checkpoints import save_vit
+    from embedders.dinov2 import standard_preprocessing
+    from embedders.vit import VARIANTS, VisionTransformer
+
+    save_vit(VisionTransformer(VARIANTS["test"]), file, standard_preprocessing(56))
+    return f"vit:{file}"
+
+
+def with_network(made: Recipe, model: str) -> Recipe:
+    """The recipe with a network as its second embedder, for the clusters."""
+    embedders = {**made.embedders, "network": EmbedderSettings(model=model)}
+    cluster = made.cluster.model_copy(update={"embedder": "network"})
+    return made.model_copy(update={"embedders": embedders, "cluster": cluster})
 
 
 def drive(path: str, out: str) -> int:

@@ -113,11 +113,19 @@ def embed(
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="An images set.")],
     filtered: Annotated[str, typer.Option(help="The filter's verdicts on it.")],
     out: Out,
-    model: Annotated[str, typer.Option(help="dct, hf:NAME_OR_DIR or torchscript:FILE.")] = "dct",
+    model: Annotated[
+        str, typer.Option(help="dct, dinov2_*, hf:PLACE, vit:FILE, sscd_*; see docs/embedders.md.")
+    ] = "dct",
     name: Annotated[str, typer.Option(help="The embedder's name in the set.")] = "default",
-    batch_size: Annotated[int | None, typer.Option(help="Images of a batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images of a batch; default 16, on a GPU 128.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores of one worker for the model; default 1.")] = None,
+    compile_model: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Whether to compile the model; default: a ViT of ours."),
+    ] = None,
+    decode_threads: Annotated[int | None, typer.Option(help="Threads of one worker that decode images.")] = None,
     overwrite: Overwrite = False,
     workers: Workers = None,
     address: Address = None,
@@ -135,6 +143,7 @@ def embed(
     from pipelines.recipe import EmbedderSettings
 
     options = {"model": model, "batch_size": batch_size, "device": device, "precision": precision}
+    options |= {"threads": threads, "compile": compile_model, "decode_threads": decode_threads}
     settings = _settings(EmbedderSettings, "embed", **options)
     unit = EmbedUnit(name, settings, absolute(images), absolute(filtered), absolute(out))
     _run(unit, overwrite, workers, address, local)

@@ -28,7 +28,7 @@ GRID = 4
 ORIENTATIONS = 8
 LUMA_FREQUENCIES = 8
 CHROMA_FREQUENCIES = 4
-CODE_VERSION = 1
+CODE_VERSION = 2
 """To be raised with every change that changes features."""
 CONSTANTS = "data/dct.npz"
 
@@ -43,6 +43,7 @@ class DctEmbedder:
 
     name = "dct"
     copy_thresholds = THRESHOLDS
+    fixed_shape = True
 
     def __init__(self) -> None:
         self._file = resources.files("embedders").joinpath(CONSTANTS).read_bytes()
@@ -55,9 +56,18 @@ class DctEmbedder:
     def fingerprint(self) -> str:
         return hashlib.sha256(f"dct {CODE_VERSION} ".encode() + self._file).hexdigest()
 
+    @cached_property
+    def details(self) -> dict[str, object]:
+        """The version of the code and the SHA-256 of the constants."""
+        return {"model": self.name, "code": CODE_VERSION, "constants": hashlib.sha256(self._file).hexdigest()}
+
     def preprocess(self, data: bytes) -> npt.NDArray[np.uint8]:
         """Thumbnail uint8 [32, 32, 3] of an image file; raises UndecodableImage."""
         return thumbnail(data)
+
+    def upload(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The batch as it is: all is done on the CPU."""
+        return batch
 
     def embed(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
         """Vectors float16 [B, dim] of thumbnails uint8 [B, 32, 32, 3]."""

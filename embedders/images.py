@@ -1,17 +1,44 @@
-"""Decoding of hostile bytes with Pillow: size from the header, upright RGB pixels, one error for all that is wrong."""
+"""Decoding of hostile bytes with Pillow: size from the header, upright sRGB pixels, one error for all that is wrong.
+
+The pixels are those that a browser shows on a white page. Known exceptions:
+- of a file that ends too early nothing is shown, it is refused;
+- brightness curves outside a colour profile (gAMA and cHRM of PNG, PQ and HLG of AVIF) are not applied;
+- TIFF files, which few browsers show, are read if their samples have 1 to 16 bits; floats have no known white;
+- of samples of 16 bits the upper 8 count.
+
+Memory stays below 24 bytes for each of the `max_pixels` allowed (JPEG: 13) and 100 MB, beside the file itself. Only an
+AVIF file that lies about its size can take more: up to 2 GB.
+"""
 
 import io
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 DEFAULT_MAX_PIXELS = 100_000_000
 """Pixels an image may have; checked on the header, before any pixel is decoded."""
+MAX_SCANS = 100
+"""Passes over its pixels that one JPEG file may ask for; encoders write about ten."""
+MAX_PROFILE_BYTES = 2_000_000
+"""Size up to which colour profiles are applied. Those of screens have a few kB, those of printing presses 1 MB."""
+SAME_COLOUR = 2
+"""A profile that moves no colour by more levels, of 255, is taken for sRGB."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom edge in pixels."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"eXIf", b"IDAT", b"IEND"}
+_PNG_PROFILE_BYTES = 1_000_000  # Pillow refuses a PNG file for a profile that inflates to more than 2^20
+_TIFF_BITS, _TIFF_MEANING, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 258, 262, 322, 323
+_WHITE_IS_ZERO = 0
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -23,6 +50,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+_PROFILED_MODES = {"RGB ": ("RGB", "RGBA"), "GRAY": ("L",), "CMYK": ("CMYK",)}
+
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # callers have threads of their own; one for each core and image is slower
 
 # Pillow warns of broken metadata and of sizes below its own limit (an error from twice Image.MAX_IMAGE_PIXELS, 179 M,
 # on): both are common on the web, and what matters becomes an UndecodableImage.
@@ -53,7 +85,7 @@ def decode(data: bytes, min_side: int | None = None, max_pixels: int = DEFAULT_M
     """All pixels of an image (of an animation, the first frame) as RGB, upright by EXIF, transparency over white.
 
     White is what a page shows behind most transparent images, and what their invisible pixels hold is arbitrary.
-    16-bit grey keeps its upper 8 bits.
+    Colours are brought from an embedded profile to sRGB, as browsers do; a broken profile is ignored.
 
     Args:
         data: bytes of a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.
@@ -62,15 +94,52 @@ def decode(data: bytes, min_side: int | None = None, max_pixels: int = DEFAULT_M
         max_pixels: width x height allowed, as the header states them.
 
     Raises:
-        UndecodableImage: unknown format, too many pixels, truncated or corrupt data.
+        UndecodableImage: unknown format, too many pixels, truncated or corrupt data, samples of unknown meaning.
+    """
+    picture = decode_picture(data, min_side, max_pixels)
+    return picture.in_srgb(picture.image)
+
+
+def decode_picture(data: bytes, min_side: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS) -> "Picture":
+    """What `decode` gives, for those who resize it: with the exact box, and colours still to be brought to sRGB.
+
+    Raises:
+        UndecodableImage: as `decode`.
     """
     with _one_error(), _open(data) as image:
-        if image.width * image.height > max_pixels:
-            raise TooManyPixels("too many pixels")
-        if min_side is not None:
-            image.draft("RGB", (min_side, min_side))
+        _refuse_bombs(image, data, max_pixels)
+        frame = image.tile[0].extents if image.format == "GIF" else None
+        reduced = image.draft("RGB", (min_side, min_side)) if min_side is not None else None
+        width, height = reduced[1][2:] if reduced is not None else image.size
         image.load()
-        return _to_rgb(_upright(image))
+        orientation = _orientation(image)
+        pixels, transform = _opaque(image)
+        if frame not in (None, (0, 0, *image.size)):
+            pixels = _framed(pixels, frame)
+        pixels.info = {}  # tells of the file: its profile and orientation are no longer those of the pixels
+        return Picture(*_upright(pixels, width, height, orientation), transform)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Upright, opaque pixels whose colours may still be those of an embedded profile.
+
+    Attributes:
+        image: RGB or L, or CMYK where a profile says what it means.
+        box: where in the image the picture lies. Of 1001 pixels half size makes 501, of which the last holds one pixel
+            and padding, so the picture is 500.5 wide. Who resizes the box and not the whole image shifts nothing.
+        transform: from the profile to sRGB; None where the colours are those of sRGB.
+    """
+
+    image: Image.Image
+    box: Box
+    transform: ImageCms.ImageCmsTransform | None
+
+    def in_srgb(self, image: Image.Image) -> Image.Image:
+        """RGB of an image made from this one. It takes longer than decoding, for each pixel, so resize before."""
+        if self.transform is None:
+            return _converted(image, "RGB")
+        return self.transform.apply(_converted(image, self.transform.input_mode))
 
 
 @contextmanager
@@ -89,22 +158,157 @@ def _one_error() -> Iterator[None]:
         raise UndecodableImage("truncated" if truncated else "corrupt") from None
 
 
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """The image by its header. PNG: without texts and animation, for whose defects and size Pillow refuses the file."""
+    if data.startswith(_PNG_SIGNATURE):
+        data = _still_png(data)
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    if image.format == "PNG":
+        _rescale_transparent_colour(image)
+    return image
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _still_png(data: bytes) -> bytes:
+    """A PNG file reduced to the chunks that decide its still image. What is no chunk stays, at the end."""
+    view, at = memoryview(data), len(_PNG_SIGNATURE)
+    kept = [view[:at]]
+    while len(data) >= at + 12:
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        name = data[at + 4 : at + 8]
+        if name in _PNG_CHUNKS and (name != b"iCCP" or _inflates_little(data[at + 8 : end - 4])):
+            kept.append(view[at:end])
+        at = end
+    return b"".join([*kept, view[at:]])
+
+
+def _inflates_little(profile: bytes) -> bool:
+    """Whether the body of an iCCP chunk (name, 0, 0, deflated profile) inflates, and to no more than is allowed."""
+    _, _, body = profile.partition(b"\0")
+    inflate = zlib.decompressobj()
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
+        inflate.decompress(body[1:], _PNG_PROFILE_BYTES)
+    except zlib.error:
+        return False
+    return body[:1] == b"\0" and not inflate.unconsumed_tail
+
+
+def _rescale_transparent_colour(image: ImageFile.ImageFile) -> None:
+    """Pillow leaves a PNG's transparent colour in the units of the file, but stretches or cuts samples to 8 bits."""
+    colour, stored = image.info.get("transparency"), image.tile[0].args
+    if colour is not None and stored == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    elif colour is not None and stored in ("L;2", "L;4"):
+        white = 3 if stored == "L;2" else 15
+        image.info["transparency"] = (colour & white) * (255 // white)
+
+
+def _refuse_bombs(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Raises where decoding would take memory or time out of proportion to what is allowed."""
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(_TIFF_TILE_WIDTH, 0), tags.get(_TIFF_TILE_LENGTH, 0)
+    if not all(isinstance(side, int) for side in tile):
+        raise UndecodableImage("corrupt")
+    if image.width * image.height > max_pixels or tile[0] * tile[1] > max_pixels:
+        raise TooManyPixels("too many pixels")
+    if image.format in ("JPEG", "MPO"):
+        values = np.frombuffer(data, np.uint8)
+        scans = np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA))  # never within compressed data
+        if scans > MAX_SCANS:
+            raise UndecodableImage("too many scans")
+
+
+def _orientation(image: Image.Image) -> int:
+    """From EXIF alone, as browsers do, not from XMP; 1 is upright. Pillow turns TIFF files itself."""
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        orientation = exif.get(_ORIENTATION_TAG)
+        return int(orientation) if orientation in _UPRIGHT else 1
     except Exception:  # a broken EXIF block does not spoil the pixels
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+def _upright(image: Image.Image, width: float, height: float, orientation: int) -> tuple[Image.Image, Box]:
+    """The image turned, and where in it the picture lies that was `width` x `height` from its upper left corner."""
+    if orientation == 1:
+        return image, (0, 0, width, height)
+    image = image.transpose(_UPRIGHT[orientation])
+    if orientation >= 5:
+        width, height = height, width
+    left = image.width - width if orientation in (2, 3, 6, 7) else 0
+    top = image.height - height if orientation in (3, 4, 7, 8) else 0
+    return image, (left, top, left + width, top + height)
+
+
+def _framed(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
+    """The part of a GIF's page that its first frame fills; nothing is drawn around it."""
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image.crop(frame), frame[:2])
+    return page
+
+
+def _opaque(image: Image.Image) -> tuple[Image.Image, ImageCms.ImageCmsTransform | None]:
+    """Pixels of any mode as a Picture has them, over white, and the transform of their colours to sRGB."""
+    if image.mode in ("I", "F"):
+        raise UndecodableImage("unsupported sample format")
+    profile = image.info.get("icc_profile")
+    image = _plain_mode(image)
+    usable = isinstance(profile, bytes) and len(profile) <= MAX_PROFILE_BYTES
+    transform = _to_srgb(profile, image.mode) if usable else None
+    if image.mode == "RGBA":
+        page = Image.new("RGB", image.size, "white")
+        image = image if transform is None else transform.apply(image)
+        page.paste(image, mask=image)
+        return page, None
+    if image.mode == "CMYK" and transform is None:
+        image = image.convert("RGB")
+    return image, transform
+
+
+def _plain_mode(image: Image.Image) -> Image.Image:
+    """The same colours in mode L, RGB, RGBA or CMYK."""
+    if image.mode.startswith("I;16"):
+        return _upper_bits(image)
+    if image.mode == "La":  # converts to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        return _converted(image, "RGBA")
+    return image if image.mode in ("L", "CMYK") else _converted(image, "RGB")
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """convert() without a copy where there is nothing to convert."""
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """Grey of 12 or 16 bits to 8, over white; convert() would cut it off at 255."""
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
+    grey = (values >> (tags.get(_TIFF_BITS, (16,))[0] - 8)).astype(np.uint8)
+    if tags.get(_TIFF_MEANING) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+@lru_cache(maxsize=32)  # building one takes as long as applying it; a few profiles stand in most files
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the colours of an ICC profile to sRGB, for images of a mode; alpha stays.
+
+    None where nothing is to be done: the profile is sRGB to SAME_COLOUR, or broken, or not for such images.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if mode == "L" and source.profile.xcolor_space == "RGB ":  # common: grey photographs with a screen's profile
+            mode = "RGB"
+        if mode not in _PROFILED_MODES.get(source.profile.xcolor_space, ()):
+            return None
+        transform = ImageCms.ImageCmsTransform(source, _SRGB, mode, "RGBA" if mode == "RGBA" else "RGB")
+    except (OSError, TypeError, ValueError):
+        return None
+    colours = np.indices((9, 9, 9), dtype=np.float32).reshape(3, 27, 27).transpose(1, 2, 0) * (255 / 8)
+    before = Image.fromarray(colours.astype(np.uint8)).convert(mode)
+    after = transform.apply(before)
+    moved = np.asarray(after.convert("RGB"), dtype=int) - np.asarray(before.convert("RGB"), dtype=int)
+    return transform if np.abs(moved).max() > SAME_COLOUR else None

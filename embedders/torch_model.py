@@ -1,90 +1,183 @@
-"""A torch network as an `Embedder`: batches to the device, forward pass, unit vectors back. Others load the network."""
+"""A torch network as an `Embedder`: batches to the device, forward pass, unit vectors back. Others open the network."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor, nn
 
-from embedders.base import CopyThresholds, EmbedderError
+from embedders.base import CopyThresholds, EmbedderError, Runtime
 from embedders.preprocessing import Preprocessing
 
-if TYPE_CHECKING:
-    import torch
-
-CODE_VERSION = 1
+CODE_VERSION = 2
 """To be raised with every change in decoding, resizing or normalising."""
 
 
-@dataclass
 class TorchEmbedder:
-    """Holds the network's weights and the activations of one batch.
+    """Holds the network's weights and the activations of one batch, from the first `embed` on.
 
-    Attributes:
-        forward: normalised images float32 [B, 3, H, W] to vectors [B, dim].
-        precision: "float32", or "bfloat16" for the products of the forward pass (weights stay float32).
-        threads: of torch on the CPU; torch has one number for the whole process, so it is set before each batch.
+    Args:
+        name: short and stable.
+        fingerprint: of weights, preprocessing and output.
+        dim: components of a vector; None to open the network and see.
+        copy_thresholds: what a calibration found.
+        preprocessing: from bytes to pixels, and the numbers to normalise with.
+        details: what the fingerprint stands for.
+        open_network: gives the network, in float32 on the CPU: images [B, 3, H, W], normalised, to vectors [B, dim].
+        runtime: how it is to run.
     """
 
-    name: str
-    fingerprint: str
-    copy_thresholds: CopyThresholds | None
-    preprocessing: Preprocessing
-    forward: "Callable[[torch.Tensor], torch.Tensor]"
-    device: str
-    precision: str
-    threads: int
-    dim: int = field(init=False)
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        dim: int | None,
+        copy_thresholds: CopyThresholds | None,
+        preprocessing: Preprocessing,
+        details: dict[str, object],
+        open_network: Callable[[], nn.Module],
+        runtime: Runtime,
+    ) -> None:
+        self.name, self.fingerprint, self.copy_thresholds = name, fingerprint, copy_thresholds
+        self.preprocessing, self.details, self.runtime = preprocessing, details, runtime
+        self._open_network = open_network
+        self._dim = dim
 
-    def __post_init__(self) -> None:
-        """Finds `dim` by one image. Raises EmbedderError where the network does not take it or gives no vectors."""
-        try:
-            output = self._run(np.zeros((1, *self.preprocessing.shape), dtype=np.uint8))
-        except EmbedderError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            reason = (str(error).strip() or "no reason given").splitlines()[-1]
-            size = "{} x {}".format(*self.preprocessing.shape)
-            raise EmbedderError(f"{self.name}: the model does not take images of {size} pixels: {reason}") from None
-        if output.ndim != 2 or len(output) != 1:
-            raise EmbedderError(f"{self.name}: the model gives shape {list(output.shape)} for an image, not a vector")
-        self.dim = output.shape[1]
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+        return self._dim if self._dim is not None else self._measured_dim
+
+    @cached_property
+    def _measured_dim(self) -> int:
+        """Found by one black image."""
+        shape = self.preprocessing.shape or (288, 288, 3)
+        return int(self._vectors(self.upload(np.zeros((1, *shape), dtype=np.uint8)), self._network).shape[1])
+
+    @property
+    def fixed_shape(self) -> bool:
+        """Whether all images are brought to one shape."""
+        return self.preprocessing.shape is not None
 
     def preprocess(self, data: bytes) -> npt.NDArray[np.uint8]:
         """RGB pixels, uint8 [H, W, 3], resized and cropped; raises UndecodableImage."""
         return self.preprocessing.pixels(data)
 
-    def embed(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
-        """Vectors float16 [B, dim] of length 1 for pixels uint8 [B, H, W, 3]."""
-        vectors = self._run(batch)
+    def upload(self, batch: npt.NDArray[np.uint8]) -> Tensor:
+        """Pixels uint8 [B, H, W, 3] on the device; on a GPU by way of pinned memory, so that the copy overlaps."""
+        pixels = torch.from_numpy(batch)
+        return (
+            pixels if self.runtime.device == "cpu" else pixels.pin_memory().to(self.runtime.device, non_blocking=True)
+        )
+
+    def embed(self, batch: Tensor) -> npt.NDArray[np.float16]:
+        """Vectors float16 [B, dim] of length 1 for what `upload` gave. Raises EmbedderError."""
+        vectors = self._vectors(batch, self._program)
+        if self._dim is not None and vectors.shape[1] != self._dim:
+            raise EmbedderError(f"{self.name}: vectors of {vectors.shape[1]} numbers, but its settings say {self._dim}")
         norms = np.sqrt(np.sum(vectors * vectors, axis=1, keepdims=True))
         units: npt.NDArray[np.float16] = (vectors / np.maximum(norms, 1e-12)).astype(np.float16)
         return units
 
-    def _run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        import torch
+    @cached_property
+    def _network(self) -> nn.Module:
+        """The network on its device, normalisation in front."""
+        if self.runtime.device == "cuda" and not torch.cuda.is_available():
+            raise EmbedderError(
+                f"{self.name}: device cuda, but torch finds no GPU here; take device cpu, or a machine with a GPU"
+            )
+        network = self._open_network()
+        return _FromPixels(network, self.preprocessing).eval().requires_grad_(False).to(self.runtime.device)
 
-        torch.set_num_threads(self.threads)
-        mean, std = (torch.tensor(v, device=self.device) for v in (self.preprocessing.mean, self.preprocessing.std))
-        pixels = torch.tensor(batch, device=self.device)
-        with torch.inference_mode():
-            images = ((pixels.float() * self.preprocessing.scale - mean) / std).permute(0, 3, 1, 2).contiguous()
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                output = self.forward(images)
-            if not isinstance(output, torch.Tensor):
-                raise EmbedderError(f"{self.name}: the model gives a {type(output).__name__}, not a tensor of vectors")
+    @cached_property
+    def _program(self) -> Callable[[Tensor], Tensor]:
+        """The network, compiled if that was asked for; `dynamic=False` since batches have one shape."""
+        if not self.runtime.compiled:
+            return self._network
+        compiled: Callable[[Tensor], Tensor] = torch.compile(self._network, dynamic=False)
+        return _frozen(compiled) if self.runtime.device == "cpu" else compiled
+
+    def _vectors(self, batch: Tensor, program: Callable[[Tensor], Tensor]) -> npt.NDArray[np.float32]:
+        """float32 [B, dim], not normalised."""
+        torch.set_num_threads(self.runtime.threads)  # torch has one number for the whole process
+        with torch.inference_mode(), torch.autocast(self.runtime.device, torch.bfloat16, self._halves):
+            try:
+                output = program(batch)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                raise self._explained(error, batch) from error
+            if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
+                shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise EmbedderError(f"{self.name}: the model gives {shape} for {len(batch)} images, not vectors")
             vectors: npt.NDArray[np.float32] = output.float().cpu().numpy()
         return vectors
 
+    @property
+    def _halves(self) -> bool:
+        return self.runtime.precision == "bfloat16"
 
-def fingerprint(files: Iterable[Path], preprocessing: Preprocessing, output: str) -> str:
-    """SHA-256 (hex) over what decides vectors: the files (name and content), preprocessing, and the output taken."""
-    facts: dict[str, object] = {"code": CODE_VERSION, "preprocessing": asdict(preprocessing), "output": output}
+    def _explained(self, error: Exception, batch: Tensor) -> EmbedderError:
+        """What went wrong in the forward pass, in one line."""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        size, height, width = batch.shape[:3]
+        if _out_of_memory(error):
+            if size == 1:
+                advice = "one image is too much for it: take a smaller model or image size"
+            else:
+                advice = f"set batch_size to {max(1, size // 2)}"
+            return EmbedderError(f"{self.name}: {self.runtime.device} ran out of memory at batch_size {size}; {advice}")
+        if type(error).__module__.startswith("torch._"):  # dynamo and inductor, or the compiler they call
+            return EmbedderError(f"{self.name}: torch.compile failed: {reason}; set compile to false")
+        return EmbedderError(f"{self.name}: the model does not take images of {height} x {width} pixels: {reason}")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own; the CPU's allocator says it in words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _frozen(compiled: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A program whose weights are taken for constants and packed for the matrix kernels, which pays on processors.
+
+    As an option of torch.compile this comes too late: it must hold while the network is traced, by the first call.
+    """
+
+    def run(batch: Tensor) -> Tensor:
+        with torch._inductor.config.patch(freezing=True, compile_threads=1):
+            return compiled(batch)
+
+    return run
+
+
+class _FromPixels(nn.Module):
+    """A network that takes pixels: uint8 [B, H, W, 3], channels last in memory, as they come from decoding."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        # (pixel * scale - mean) / std, in one multiplication and one addition
+        self.register_buffer("factor", (preprocessing.scale / std).view(3, 1, 1), persistent=False)
+        self.register_buffer("offset", (-mean / std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        images = pixels.permute(0, 3, 1, 2) * self.factor + self.offset
+        vectors: Tensor = self.network(images)
+        return vectors
+
+
+def fingerprint(files: Iterable[Path], preprocessing: Preprocessing, output: str, **facts: str) -> str:
+    """SHA-256 (hex) over what decides vectors: the files (name and content), preprocessing, the output taken, facts."""
+    known: dict[str, object] = {"code": CODE_VERSION, "preprocessing": asdict(preprocessing), "output": output, **facts}
     for path in sorted(files):
         with path.open("rb") as file:
-            facts[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            known[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

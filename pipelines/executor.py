@@ -33,11 +33,13 @@ class Needs:
 
     Attributes:
         resident: the work holds something costly (a model, a connection pool) that one worker loads once.
+        cpus: cores for one worker.
         gpus: GPUs for one worker.
     """
 
     resident: bool = False
-    gpus: float = 0
+    cpus: int = 1
+    gpus: int = 0
 
 
 class Executor(Protocol):
@@ -106,7 +108,7 @@ class RayExecutor:
     def map(self, work: Callable[[int], Any], items: Iterable[int], needs: Needs) -> Iterator[Outcome]:
         submit = self._actors(work, needs) if needs.resident else self._tasks(work, needs)
         flying: dict[Any, tuple[int, int]] = {}
-        slots = [*range(self.workers)] * 2
+        slots = [*range(self._workers_for(needs))] * 2
         for item in items:
             if not slots:
                 yield from self._collect(flying, slots)
@@ -114,6 +116,17 @@ class RayExecutor:
             flying[submit(slot, item)] = (item, slot)
         while flying:
             yield from self._collect(flying, slots)
+
+    def _workers_for(self, needs: Needs) -> int:
+        """Workers that find a place at once: one that waits for a GPU that is not there would wait for ever."""
+        resources = self._ray.cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        if cpus < needs.cpus or gpus < needs.gpus:
+            raise ConfigError(
+                f"a worker needs {needs.cpus} cores and {needs.gpus} GPUs, but the cluster has {cpus} and {gpus}; "
+                "lower threads, or take another device"
+            )
+        return min(self.workers, cpus // needs.cpus, gpus // needs.gpus if needs.gpus else cpus)
 
     def _collect(self, flying: dict[Any, tuple[int, int]], slots: list[int]) -> Iterator[Outcome]:
         """Wait for one result at least; free its slot."""
@@ -135,12 +148,12 @@ class RayExecutor:
 
     def _tasks(self, work: Callable[[int], Any], needs: Needs) -> Callable[[int, int], Any]:
         shared = self._ray.put(work)
-        task = self._ray.remote(num_cpus=1, num_gpus=needs.gpus, max_retries=ATTEMPTS)(_run)
+        task = self._ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=ATTEMPTS)(_run)
         return lambda slot, item: task.remote(shared, item)
 
     def _actors(self, work: Callable[[int], Any], needs: Needs) -> Callable[[int, int], Any]:
-        options = {"num_cpus": 1, "num_gpus": needs.gpus, "max_restarts": ATTEMPTS, "max_task_retries": ATTEMPTS}
-        kind = self._ray.remote(**options)(_Resident)
+        place = {"num_cpus": needs.cpus, "num_gpus": needs.gpus}
+        kind = self._ray.remote(**place, max_restarts=ATTEMPTS, max_task_retries=ATTEMPTS)(_Resident)
         actors: dict[int, Any] = {}
 
         def submit(slot: int, item: int) -> Any:

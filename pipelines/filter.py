@@ -16,7 +16,7 @@ from curation.filters import repeated, rule_verdict
 from curation.hashing import bucket_of, id_words
 from curation.manifest import Input
 from curation.shards import GROUP_ROWS, IMAGE_GROUP_ROWS, PartWriter, ShardSet
-from embedders.images import UndecodableImage, decode
+from embedders.images import UndecodableImage, decode_picture
 from pipelines.recipe import FilterSettings
 from pipelines.unit import Step, Unit, set_input
 
@@ -53,7 +53,7 @@ class KeysStep(Step):
 
     def _verdict(self, image: dict[str, Any]) -> str | None:
         try:
-            decode(image["image"], min_side=self.settings.min_side, max_pixels=self.max_pixels)
+            decode_picture(image["image"], min_side=self.settings.min_side, max_pixels=self.max_pixels)
             decodable = True
         except UndecodableImage:
             decodable = False

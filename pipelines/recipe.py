@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from curation import storage
 from curation.config import Settings, load_yaml, override, suggest, validate
 from curation.errors import ConfigError
+from embedders.base import EmbedderError
+from embedders.specs import with_places
 
 Role = Literal["pool", "query", "reference"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -62,13 +64,15 @@ class FilterSettings(Settings):
 
 
 class EmbedderSettings(Settings):
-    """A model: `dct`, `hf:NAME_OR_DIR` or `torchscript:FILE`."""
+    """A model, as docs/embedders.md lists them, and how it runs. What is left out is chosen for the device."""
 
     model: str = "dct"
-    batch_size: Positive = 64
+    batch_size: Positive | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Positive = 1
+    compile: Literal["auto"] | bool = "auto"
+    decode_threads: Positive | None = None
 
 
 class DedupSettings(Settings):
@@ -237,11 +241,11 @@ def load_recipe(place: str, assignments: list[str] | None = None) -> Recipe:
 
 def _located_model(embedder: EmbedderSettings, base: str) -> EmbedderSettings:
     """A model file or directory found from the recipe's place; names on a hub stay as they are."""
-    kind, mark, place = embedder.model.partition(":")
-    resolved = storage.resolve(place, base) if mark else ""
-    if kind == "torchscript" or (kind == "hf" and os.path.isdir(resolved)):
-        return embedder.model_copy(update={"model": f"{kind}:{resolved}"})
-    return embedder
+    try:
+        model = with_places(embedder.model, lambda place: storage.resolve(place, base), os.path.isdir)
+    except EmbedderError as error:
+        raise ConfigError(str(error)) from None
+    return embedder.model_copy(update={"model": model})
 
 
 def _located(source: SourceSettings, base: str) -> SourceSettings:

@@ -24,7 +24,7 @@ from curation.retrieval import clusters_hit, take_from_clusters
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.cluster import read_centroids
 from pipelines.unit import Step, Unit, set_input
-from pipelines.vectors import BLOCK_ROWS, Vectors, check_same_model, kept_part
+from pipelines.vectors import BLOCK_ROWS, Vectors, check_made_from, check_same_model, kept_part
 
 
 def id_texts(words: npt.NDArray[np.uint64]) -> list[str]:
@@ -207,6 +207,7 @@ class RetrieveUnit(Unit):
         found = [set_input(uri, "embeddings") for uri in [self.queries, *self.pools]]
         found += [set_input(uri, "duplicates") for uri in self.duplicates]
         if self.rule:
+            check_made_from(self.centroids, self.pools)
             found += [set_input(self.centroids, "centroids"), *(set_input(uri, "clusters") for uri in self.clusters)]
         return found
 

@@ -84,13 +84,30 @@ class Vectors:
 def check_same_model(uris: list[str]) -> None:
     """Refuse (ConfigError) sets of vectors that different models, or one in different precision, have made."""
     sets = [ShardSet(uri).require("embeddings") for uri in uris]
+    first = sets[0].manifest["config"]
     for other in sets[1:]:
-        if other.manifest["config"] != sets[0].manifest["config"]:
+        config = other.manifest["config"]
+        if config != first:
+            keys = [key for key in sorted({*first, *config}) if first.get(key) != config.get(key)]
             raise ConfigError(
-                f"{sets[0].uri} ({sets[0].manifest['config']['model'][:12]}) and {other.uri} "
-                f"({other.manifest['config']['model'][:12]}) were not made by one model in one way; "
-                "embed one of them again"
+                f"{sets[0].uri} ({_made_by(sets[0], keys)}) and {other.uri} ({_made_by(other, keys)}) "
+                "were not made by one model in one way; embed one of them again"
             )
+
+
+def _made_by(embeddings: ShardSet, keys: list[str]) -> str:
+    """The model by name and fingerprint, and the other settings among `keys`."""
+    config = embeddings.manifest["config"]
+    model = f"{embeddings.manifest['info']['model']} {str(config['model'])[:12]}"
+    return ", ".join([model, *(f"{key} {config.get(key, 'unset')}" for key in keys if key != "model")])
+
+
+def check_made_from(made: str, uris: list[str]) -> None:
+    """Refuse (ConfigError) a set, such as centroids, that was not made from the very vectors at `uris`."""
+    contents = {record["content"] for record in ShardSet(made).manifest["inputs"]}
+    for uri in uris:
+        if ShardSet(uri).content not in contents:
+            raise ConfigError(f"{made} was not made from {uri}: its vectors are of another model or other images")
 
 
 def kept_part(embeddings: ShardSet, duplicates: ShardSet, part: int) -> tuple[list[str], npt.NDArray[np.float16]]:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from moto.server import ThreadedMotoServer
-from world import Finished, World, digests, finished, lvd, start
+from world import Finished, World, commits, digests, finished, lvd, start
 
 KILLS = ["driver"] * 3 + ["worker"] * 4 + ["node"] * 3
 MOMENTS_SEED = 20231
@@ -23,7 +23,7 @@ Process = subprocess.Popen[str]
 
 def kept_commits(run: Path) -> int:
     """Finished parts of the sets that stay; names of working sets, which come and go, begin with `_`."""
-    return sum(1 for commit in run.rglob("_commits/part-*.json") if not is_working(commit))
+    return sum(1 for commit in commits(run) if not is_working(commit))
 
 
 def is_working(commit: Path) -> bool:

@@ -186,10 +186,16 @@ def contents(run: Path) -> dict[str, str]:
 Finished = dict[str, tuple[int, int, bytes]]
 
 
+def commits(run: Path) -> list[Path]:
+    """The commits below a local run. os.walk, unlike rglob, bears with directories that are deleted meanwhile."""
+    places = [Path(place) for place, _, _ in os.walk(run) if place.endswith("_commits")]
+    return [place / name for place in places for _, _, names in os.walk(place) for name in names if name[0] != "."]
+
+
 def finished(run: Path) -> Finished:
     """Finished parts of a local run: inode, time and bytes of each commit; any repetition changes the first two."""
     found: Finished = {}
-    for commit in run.rglob("_commits/part-*.json"):
+    for commit in commits(run):
         try:
             stat = commit.stat()
             found[str(commit.relative_to(run))] = (stat.st_ino, stat.st_mtime_ns, commit.read_bytes())

@@ -233,8 +233,11 @@ def test_thresholds_come_from_the_embedder_or_are_asked_for(tmp_path: Path) -> N
 def test_vectors_of_two_models_are_refused(tmp_path: Path) -> None:
     world = make_world(tmp_path, 0)
     shard_set = ShardSet(str(tmp_path / "e" / "bench"))
-    shard_set.write_manifest({**shard_set.manifest, "config": {"model": "another"}})
-    with pytest.raises(ConfigError, match="were not made by one model in one way"):
+    shard_set.write_manifest({**shard_set.manifest, "config": {"model": "another", "precision": "bfloat16"}})
+    message = (
+        r"e/\w+ \(test test, precision unset\) and .*e/bench \(test another, precision bfloat16\) were not made by one"
+    )
+    with pytest.raises(ConfigError, match=message):
         execute(dedup_unit(tmp_path, world))
 
 

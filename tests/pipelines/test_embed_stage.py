@@ -1,6 +1,8 @@
 """The embed stage with a model of our own: the kept images in order, in batches of one shape."""
 
 import hashlib
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import schemas
-from curation.errors import ConfigError
+from curation.errors import ConfigError, PartialError
 from curation.shards import ShardSet
-from embedders.base import EmbedderError
+from embedders.base import EmbedderError, Runtime
 from embedders.images import UndecodableImage
 from pipelines import embed
 from pipelines.embed import EmbedUnit, open_embedder
+from pipelines.executor import Needs
 from pipelines.recipe import EmbedderSettings
 from tests.builders import cut, execute, fingerprints, image_table, rejects_of, rows_of, table, write_set
 
@@ -23,8 +26,9 @@ from tests.builders import cut, execute, fingerprints, image_table, rejects_of, 
 class HashModel:
     """A vector of 4 numbers from the hash of an image's bytes; images that begin with `bad` cannot be decoded."""
 
-    name, dim, fingerprint = "hash", 4, "print"
+    name, dim, fingerprint, fixed_shape = "hash", 4, "print", True
     copy_thresholds = SimpleNamespace(self_dedup=0.9, reference=0.8)
+    details: dict[str, object] = {"weights": "none"}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -35,6 +39,10 @@ class HashModel:
             raise UndecodableImage("will not do")
         return np.frombuffer(hashlib.sha256(data).digest()[:4], np.uint8).astype(np.float32)
 
+    def upload(self, batch: np.ndarray) -> np.ndarray:
+        assert threading.current_thread() is not threading.main_thread()
+        return batch
+
     def embed(self, batch: np.ndarray) -> np.ndarray:
         self.shapes.append(batch.shape)
         return (batch * self.scale).astype(np.float16)
@@ -43,7 +51,8 @@ class HashModel:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> HashModel:
     model = HashModel()
-    monkeypatch.setattr(embed, "load_embedder", lambda *args: model)
+    monkeypatch.setattr(embed, "load_embedder", lambda spec, runtime: model)
+    monkeypatch.setattr(embed, "resolve_runtime", lambda *args: Runtime())
     return model
 
 
@@ -62,10 +71,10 @@ def write_inputs(tmp_path: Path, seed: int) -> tuple[list[list[bytes]], list[lis
     return parts, kept
 
 
-def embed_unit(tmp_path: Path, batch_size: int = 8, out: str = "out") -> EmbedUnit:
-    settings = EmbedderSettings(model="hash", batch_size=batch_size, device="cpu", precision="float32")
+def embed_unit(tmp_path: Path, batch_size: int | None = 8, out: str = "out", **settings: Any) -> EmbedUnit:
+    settings = {"model": "hash", "batch_size": batch_size, "device": "cpu", "precision": "float32", **settings}
     places = [str(tmp_path / place) for place in ("images/web", "filtered/web", out)]
-    return EmbedUnit("copies", settings, *places)
+    return EmbedUnit("copies", EmbedderSettings(**settings), *places)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -96,6 +105,75 @@ def test_every_kept_image_has_its_vector(
     assert max(sizes) < vector_rows + batch_size
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_that_decode_change_nothing(tmp_path: Path, model: HashModel, seed: int) -> None:
+    write_inputs(tmp_path, seed)
+    used: set[str] = set()
+    plain = model.preprocess
+
+    def slow(data: bytes) -> np.ndarray:
+        used.add(threading.current_thread().name)
+        time.sleep(0.002 * (data[-1] % 3))
+        return plain(data)
+
+    model.preprocess = slow  # type: ignore[method-assign]
+    execute(embed_unit(tmp_path, out="one", decode_threads=1))
+    assert used == {"ordered_map_0"}
+    execute(embed_unit(tmp_path, out="five", decode_threads=5))
+    assert fingerprints(tmp_path / "one") == fingerprints(tmp_path / "five")
+    assert "ordered_map_4" in used and threading.main_thread().name not in used
+
+
+def test_images_of_several_shapes_go_one_at_a_time(tmp_path: Path, model: HashModel) -> None:
+    write_inputs(tmp_path, 0)
+    execute(embed_unit(tmp_path, out="batches"))
+    model.fixed_shape, model.shapes = False, []
+    execute(embed_unit(tmp_path, out="single"))
+    assert set(model.shapes) == {(1, 4)}
+    assert rows_of(tmp_path / "single") == rows_of(tmp_path / "batches")
+
+
+def test_a_model_that_fails_at_work_stops_the_stage_in_one_line(tmp_path: Path, model: HashModel) -> None:
+    write_inputs(tmp_path, 0)
+
+    def full(batch: np.ndarray) -> np.ndarray:
+        raise EmbedderError(f"cuda ran out of memory at batch_size {len(batch)}; set batch_size to 4")
+
+    model.embed = full  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="batch_size 8; set batch_size to 4") as caught:
+        execute(embed_unit(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "ordered_map"))]
+
+
+def test_what_was_done_before_a_failure_is_kept(tmp_path: Path, model: HashModel) -> None:
+    write_inputs(tmp_path, 1)
+    execute(embed_unit(tmp_path, out="whole"))
+    plain, calls = model.embed, len(model.shapes)
+
+    def breaks(batch: np.ndarray) -> np.ndarray:
+        if len(model.shapes) > calls + 3:
+            raise RuntimeError("killed")
+        return plain(batch)
+
+    model.embed = breaks  # type: ignore[method-assign]
+    with pytest.raises(PartialError, match="killed"):
+        execute(embed_unit(tmp_path))
+    model.embed = plain  # type: ignore[method-assign]
+    execute(embed_unit(tmp_path))
+    assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "whole")
+
+
+def test_batches_left_out_fit_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: HashModel) -> None:
+    write_inputs(tmp_path, 0)
+    for model_name, device, expected in (("hash", "cpu", 16), ("hash", "cuda", 128), ("dct", "cpu", 64)):
+        monkeypatch.setattr(embed, "resolve_runtime", lambda *args, device=device: Runtime(device=device))
+        unit = embed_unit(tmp_path, batch_size=None, model=model_name)
+        assert unit.config()["batch_size"] == expected
+        (step,) = unit.steps()
+        assert step.needs == Needs(resident=True, cpus=1, gpus=int(device == "cuda"))
+
+
 def test_what_made_the_vectors_is_told(tmp_path: Path, model: HashModel) -> None:
     write_inputs(tmp_path, 0)
     execute(embed_unit(tmp_path))
@@ -106,12 +184,14 @@ def test_what_made_the_vectors_is_told(tmp_path: Path, model: HashModel) -> None
         "threads": 1,
         "device": "cpu",
         "precision": "float32",
+        "compiled": False,
         "batch_size": 8,
     }
     assert manifest["info"] == {
         "model": "hash",
         "dim": 4,
         "copy_thresholds": {"self_dedup": 0.9, "reference": 0.8},
+        "details": {"weights": "none"},
     }
     model.copy_thresholds = None  # type: ignore[assignment]
     execute(embed_unit(tmp_path, out="other"))
@@ -143,7 +223,7 @@ def test_a_model_that_cannot_be_opened_is_a_wrong_setting(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(embed, "load_embedder", missing)
     with pytest.raises(ConfigError, match="no weights at /x"):
-        open_embedder(EmbedderSettings(model="torchscript:/x"))
+        open_embedder("torchscript:/x", Runtime())
 
 
 def test_a_step_travels_without_its_model(tmp_path: Path, model: HashModel) -> None:

@@ -56,6 +56,34 @@ def test_every_item_comes_back_once_and_exceptions_with_it(executor: Executor, r
     assert collect(executor, Square(), []) == {}
 
 
+@pytest.mark.parametrize(
+    ("resources", "needs", "workers"),
+    [
+        ({"CPU": 2}, Needs(), 2),
+        ({"CPU": 2}, Needs(cpus=2), 1),
+        ({"CPU": 16, "GPU": 4}, Needs(), 2),
+        ({"CPU": 16, "GPU": 1}, Needs(gpus=1), 1),
+        ({"CPU": 7, "GPU": 4}, Needs(cpus=4, gpus=1), 1),
+    ],
+)
+def test_no_more_workers_than_find_a_place(
+    ray_executor: RayExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    resources: dict[str, float],
+    needs: Needs,
+    workers: int,
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    assert ray_executor._workers_for(needs) == workers
+
+
+def test_workers_that_would_wait_for_ever_are_refused(ray_executor: RayExecutor) -> None:
+    for needs in (Needs(resident=True, cpus=3), Needs(resident=True, gpus=1000)):
+        with pytest.raises(ConfigError, match=f"needs {needs.cpus} cores and {needs.gpus} GPUs, but the cluster has 2"):
+            list(ray_executor.map(Square(), range(3), needs))
+    assert collect(ray_executor, Square(), range(3), Needs(resident=True, cpus=2)) == {0: 0, 1: 1, 2: 4}
+
+
 class Counting:
     """Tells how many items this worker has worked on, and which process it is."""
 

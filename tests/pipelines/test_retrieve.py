@@ -15,6 +15,7 @@ from curation.scoring import cosine_pairs
 from curation.shards import ShardSet
 from pipelines import retrieve, vectors
 from pipelines.retrieve import ClusterRule, RetrieveUnit
+from pipelines.unit import set_input
 from tests.builders import cut, execute, fingerprints, random_ids, rows_of, table, write_embeddings, write_set
 
 SIZES = {"web": 50, "book": 37}
@@ -41,7 +42,8 @@ class World:
         rows = {"level": [1] * NUM_CLUSTERS, "cluster": range(NUM_CLUSTERS), "centroid": [[0.0] * 3] * NUM_CLUSTERS}
         column = fixed_size_lists(self.centroids, schema.field("centroid").type)
         centroids = table(schema, **rows).set_column(2, schema.field("centroid"), column)
-        write_set(tmp_path / "centroids", "centroids", [centroids])
+        made_from = tuple(set_input(str(tmp_path / "e" / name), "embeddings") for name in SIZES)
+        write_set(tmp_path / "centroids", "centroids", [centroids], inputs=made_from)
 
     def _pool(self, rng: np.random.Generator, name: str, size: int, repeated: np.ndarray) -> None:
         ids, x = random_ids(rng, size), rng.standard_normal((size, 3)).astype(np.float16)
@@ -186,6 +188,15 @@ def test_the_seed_counts_for_the_cluster_mode_alone(tmp_path: Path) -> None:
     execute(world.unit(None, RULES[1], "b", seed=1))
     with pytest.raises(ConfigError, match="seed: 1 -> 2"):
         execute(world.unit(None, RULES[1], "b", seed=2))
+
+
+def test_centroids_of_other_vectors_are_refused(tmp_path: Path) -> None:
+    world = World(tmp_path, 0)
+    other = ShardSet(str(tmp_path / "e/book"))
+    other.write_manifest({**other.manifest, "content": "of another model"})
+    execute(world.unit(1, None, "sampled"))
+    with pytest.raises(ConfigError, match=r"centroids was not made from .*e/book"):
+        execute(world.unit(None, RULES[1]))
 
 
 def test_wrong_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
