@@ -302,7 +302,10 @@ def _weight_files(folder: Path) -> list[Path]:
     names = _json(first).get("weight_map")
     if not isinstance(names, dict):
         raise ValueError("no weight_map")
-    return sorted({folder / str(name) for name in names.values()})
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"weight_map names {name!r}, which is no file of its directory")
+    return sorted({folder / name for name in names.values()})
 
 
 def _write_weights(weights: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:

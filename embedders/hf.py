@@ -142,9 +142,6 @@ def read_preprocessing(config: dict[str, Any]) -> Preprocessing:
     resize = _resize(config["size"], crop) if config.get("do_resize", True) else None
     if resize is None or (crop is None and isinstance(resize, int)):
         raise ValueError("images are not brought to one fixed size (do_resize, size, do_center_crop, crop_size)")
-    smallest = (resize, resize) if isinstance(resize, int) else resize
-    if crop is not None and (crop[0] > smallest[0] or crop[1] > smallest[1]):
-        raise ValueError(f"crops {list(crop)} from images of {list(smallest)}")
     normalize = config.get("do_normalize", True)
     return Preprocessing(
         resize=resize,

@@ -63,7 +63,7 @@ def network_embedder(
     """
     return TorchEmbedder(
         name=name,
-        fingerprint=fingerprint((), preprocessing, output, **hashes, **facts),
+        fingerprint=fingerprint(preprocessing, output, **hashes, **facts),
         dim=dim,
         copy_thresholds=copy_thresholds,
         preprocessing=preprocessing,

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -72,9 +71,12 @@ class TorchEmbedder:
     def upload(self, batch: npt.NDArray[np.uint8]) -> Tensor:
         """Pixels uint8 [B, H, W, 3] on the device; on a GPU by way of pinned memory, so that the copy overlaps."""
         pixels = torch.from_numpy(batch)
-        return (
-            pixels if self.runtime.device == "cpu" else pixels.pin_memory().to(self.runtime.device, non_blocking=True)
-        )
+        if self.runtime.device == "cpu":
+            return pixels
+        try:
+            return pixels.pin_memory().to(self.runtime.device, non_blocking=True)
+        except RuntimeError as error:
+            raise self._explained(error, pixels) from error
 
     def embed(self, batch: Tensor) -> npt.NDArray[np.float16]:
         """Vectors float16 [B, dim] of length 1 for what `upload` gave. Raises EmbedderError."""
@@ -92,8 +94,11 @@ class TorchEmbedder:
             raise EmbedderError(
                 f"{self.name}: device cuda, but torch finds no GPU here; take device cpu, or a machine with a GPU"
             )
-        network = self._open_network()
-        return _FromPixels(network, self.preprocessing).eval().requires_grad_(False).to(self.runtime.device)
+        network = _FromPixels(self._open_network(), self.preprocessing).eval().requires_grad_(False)
+        try:
+            return network.to(self.runtime.device)
+        except torch.OutOfMemoryError:
+            raise EmbedderError(f"{self.name}: the weights do not fit into {self.runtime.device}'s memory") from None
 
     @cached_property
     def _program(self) -> Callable[[Tensor], Tensor]:
@@ -174,10 +179,7 @@ class _FromPixels(nn.Module):
         return vectors
 
 
-def fingerprint(files: Iterable[Path], preprocessing: Preprocessing, output: str, **facts: str) -> str:
-    """SHA-256 (hex) over what decides vectors: the files (name and content), preprocessing, the output taken, facts."""
-    known: dict[str, object] = {"code": CODE_VERSION, "preprocessing": asdict(preprocessing), "output": output, **facts}
-    for path in sorted(files):
-        with path.open("rb") as file:
-            known[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+def fingerprint(preprocessing: Preprocessing, output: str, **facts: str) -> str:
+    """SHA-256 (hex) over what decides vectors: preprocessing, the output taken, and facts such as hashes of files."""
+    known = {"code": CODE_VERSION, "preprocessing": asdict(preprocessing), "output": output, **facts}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()

@@ -32,7 +32,7 @@ from transformers import (
     ViTModel as OtherModel,
 )
 
-from embedders import checkpoints
+from embedders import checkpoints, dinov2
 from embedders.base import EmbedderError
 from embedders.checkpoints import (
     checkpoint_files,
@@ -745,3 +745,14 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     save_transformers(model, tmp_path / "empty", EVAL)
     assert load_vit(tmp_path / "empty").config == TINY
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "sub/x.safetensors", "..", "", 3])
+def test_an_index_leads_to_files_of_its_directory_alone(tmp_path: Path, name: Any) -> None:
+    folder = tmp_path / "model"
+    network = VisionTransformer(VARIANTS["test"])
+    checkpoints.save_transformers(network, folder, dinov2.standard_preprocessing(56))
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"layernorm.weight": name}}))
+    with pytest.raises(EmbedderError, match="which is no file of its directory"):
+        checkpoints.load_vit(folder)

@@ -116,6 +116,20 @@ def test_a_worker_without_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         model.embed(torch.zeros(1, 56, 56, 3, dtype=torch.uint8))
 
 
+def test_a_gpu_too_small_is_one_line_wherever_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = embedder(small_vit(), Runtime(device="cuda"))
+    monkeypatch.setattr(Tensor, "pin_memory", full)
+    with pytest.raises(EmbedderError, match="cuda ran out of memory at batch_size 4; set batch_size to 2"):
+        model.upload(pixels(0))
+    monkeypatch.setattr(nn.Module, "to", full)
+    with pytest.raises(EmbedderError, match="the weights do not fit into cuda's memory"):
+        model.embed(torch.zeros(1, 56, 56, 3, dtype=torch.uint8))
+
+
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_is_compiled_once_and_near_the_plain_one() -> None:
     plain = embedder(small_vit(), dim=32)
