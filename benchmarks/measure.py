@@ -50,6 +50,18 @@ def anonymous_bytes(pid: int) -> int:
     return 0
 
 
+def cpu_seconds() -> float:
+    """CPU time so far of this process and all its living descendants, and of what these have waited for."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        try:
+            total += sum(process.cpu_times()[:4])
+        except psutil.Error:
+            continue
+    return total
+
+
 def machine() -> str:
     """The machine in one line."""
     with open("/proc/cpuinfo") as cpuinfo:

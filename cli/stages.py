@@ -154,9 +154,19 @@ def dedup(
     images: Annotated[list[str], typer.Option(help="Images of the pools, one set for each.")],
     out: Out,
     references: Annotated[list[str] | None, typer.Option("--reference", help="Embeddings of a reference set.")] = None,
+    preset: Annotated[str, typer.Option(help="paper, precise or semdedup.")] = "paper",
     threshold: Annotated[float | None, typer.Option(help="Cosine above which two are copies.")] = None,
     reference_threshold: Annotated[float | None, typer.Option(help="The same against references.")] = None,
-    rule: Annotated[str, typer.Option(help="What a reference takes along: component or direct.")] = "component",
+    rule: Annotated[str | None, typer.Option(help="What a reference takes along: component or direct.")] = None,
+    max_component: Annotated[int | None, typer.Option(help="Cut larger components at their weakest edges.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, exact, partitioned or faiss.")] = None,
+    join: Annotated[list[str] | None, typer.Option(help="A key of dedup.join, such as quantizers=3.")] = None,
+    forest: Annotated[str | None, typer.Option(help="Where the forest of edges goes; default OUT/_forest.")] = None,
+    recall: Annotated[str | None, typer.Option(help="Where the measured recall goes; default OUT/_recall.")] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Show what higher thresholds would keep, and the largest components.")
+    ] = False,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
     workers: Workers = None,
     address: Address = None,
@@ -168,16 +178,46 @@ def dedup(
     Examples:
       lvd dedup steps/embeddings/default/web --images steps/images/web --out steps/duplicates
       lvd dedup steps/embeddings/default/web --images steps/images/web --threshold 0.9 --out strict
+      lvd dedup steps/embeddings/default/web --images steps/images/web --out steps/duplicates --curve
     """
+    from curation.config import override
     from curation.storage import absolute
+    from curation.storage import join as place
+    from pipelines.chains import check_curve
     from pipelines.dedup import DedupUnit
-    from pipelines.recipe import DedupSettings
+    from pipelines.recipe import DedupSettings, JoinSettings
 
-    thresholds = {"threshold": threshold, "reference_threshold": reference_threshold}
-    s = _settings(DedupSettings, "dedup", rule=rule, **thresholds)
+    chosen = override({} if engine is None else {"engine": engine}, join or [])
+    options = {"threshold": threshold, "reference_threshold": reference_threshold, "max_component": max_component}
+    settings = _settings(
+        DedupSettings,
+        "dedup",
+        preset=preset,
+        rule=rule,
+        join=_settings(JoinSettings, "dedup.join", **chosen),
+        **options,
+    )
+    if curve:
+        check_curve(settings.preset)  # before the work, which may take hours
     sets = (_absolute(pools), _absolute(images), _absolute(references))
-    unit = DedupUnit(*sets, s.threshold, s.reference_threshold, s.rule, absolute(out))
-    _run(unit, overwrite, workers, address, local)
+    out = absolute(out)
+    kept = (absolute(forest or place(out, "_forest")), absolute(recall or place(out, "_recall")))
+    _run(DedupUnit(*sets, settings, seed, out, *kept), overwrite, workers, address, local)
+    if curve:
+        _print_chains(kept[0], out)
+
+
+def _print_chains(forest: str, out: str) -> None:
+    """What dedup's forest and its verdicts, at OUT/SOURCE, tell of thresholds and chains."""
+    from cli.output import Format, print_tables
+    from curation.shards import ShardSet
+    from curation.storage import join
+    from pipelines.chains import pool_sources
+    from pipelines.stats import chain_tables
+
+    edges = ShardSet(forest)
+    duplicates = [ShardSet(join(out, source)) for source in pool_sources(edges.manifest)]
+    print_tables([table for table in chain_tables(edges, duplicates) if table.rows], Format.table)
 
 
 def cluster(

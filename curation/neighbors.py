@@ -1,31 +1,30 @@
-"""Exact neighbors: all pairs above a threshold, and the k best of a pool. FAISS proposes, `scoring` decides.
+"""Exact neighbors: all pairs above a threshold, and the k best of a pool. Codes propose, `scoring` decides.
 
 Functions take blocks; callers stream over parts and merge (`merge_top_k`, `components.spanning_forest`).
 """
 
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from curation.codes import Codes, allowances, at_most, cutoffs, encode
 from curation.errors import ConfigError
-from curation.faiss_setup import require_faiss
-from curation.scoring import Vectors, check_comparable, cosine_pairs, search_margin, to_unit
+from curation.products import Multiplier
+from curation.scoring import Vectors, check_comparable, cosine_pairs, norms
 
 MAX_EXACT_VECTORS = 1_000_000
 """Exact search compares at most this many vectors with as many others; its time grows with their product."""
 
-POOL_BLOCK = 16_384
-QUERY_BLOCK = 4_096
-MAX_CANDIDATES = 1 << 23
-"""Range search of one sub-block proposes at most this many pairs (FAISS holds 12 bytes each)."""
-
-EXTRA = 8
-"""Neighbors that FAISS is asked for beyond k, so that the k best are usually proven by the first search."""
+QUERY_BLOCK = 1_024
+FIRST_CHUNK, LAST_CHUNK = 1_024, 65_536
+"""Rows of the pool that are looked at before the bounds rise again: few at first, when nothing is known."""
+MAX_HELD = 1 << 22
+"""Candidates for the k best of a block of queries that are held (24 bytes each) before they are scored."""
 
 Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint64]
 
@@ -42,10 +41,9 @@ def check_exact_size(num_vectors: int, num_others: int) -> None:
 def pairs_above(x: Vectors, y: Vectors, threshold: float, *, symmetric: bool = False) -> tuple[Int64, Int64, Float32]:
     """All pairs of rows with cosine similarity above `threshold` (strictly, both as float32).
 
-    The search runs over sub-blocks of POOL_BLOCK rows of `y` and as many of `x` as keep their product at
-    MAX_CANDIDATES, and scores each sub-block's candidates at once. So beside the result it holds one float32 copy of a
-    sub-block of `y` and, at worst, MAX_CANDIDATES pairs (about 0.5 GB). The result is 20 bytes a pair, three times that
-    while it is sorted, and n k pairs at worst: callers choose blocks accordingly.
+    Codes of int8 propose, `scoring` decides (see `codes`). Beside the result this holds both sets' codes, d bytes a
+    vector, and one tile of products. The result is 20 bytes a pair, three times that while it is sorted, and n k pairs
+    at worst: callers choose blocks accordingly.
 
     Args:
         x, y: stored vectors [n, d] and [k, d].
@@ -56,34 +54,29 @@ def pairs_above(x: Vectors, y: Vectors, threshold: float, *, symmetric: bool = F
         i int64 [m], rows of `x`; j int64 [m], rows of `y`; similarity float32 [m]; sorted by (i, j).
 
     Raises:
-        ConfigError: more vectors than MAX_EXACT_VECTORS allows; LvdError: vectors of different length.
+        LvdError: vectors of different length, or not finite.
     """
-    check_exact_size(len(x), len(y))
     check_comparable(x, y)
-    faiss = require_faiss()
+    left = encode(x)
+    right = left if symmetric else encode(y)
+    x_norms, y_norms = np.full(len(x), -1.0), np.full(len(y), -1.0)
     parts = [_no_pairs()]
-    for start in range(0, len(y), POOL_BLOCK):
-        block = y[start : start + POOL_BLOCK]
-        index = _flat_index(faiss, block)
-        last = start + len(block) - 1 if symmetric else len(x)
-        for rows in _slices(last, min(QUERY_BLOCK, MAX_CANDIDATES // len(block))):
-            i, j, _ = _range_search(index, to_unit(x[rows]), threshold - search_margin(x.shape[1]))
-            if symmetric:
-                below = i + rows.start < j + start
-                i, j = i[below], j[below]
-            similarity = cosine_pairs(x[rows], i, block, j)
-            above = similarity > np.float32(threshold)
-            parts.append((i[above] + rows.start, j[above] + start, similarity[above]))
-    i, j, similarity = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((j, i))
-    return i[order], j[order], similarity[order]
+    allowance = allowances(right, float(left.error.max(initial=0.0)))
+    for i, j, _ in Multiplier().candidates(left.values, right.values, cutoffs(threshold, left), allowance, symmetric):
+        similarity = cosine_pairs(x, i, y, j, x_norms, y_norms)
+        above = similarity > np.float32(threshold)
+        parts.append((i[above].astype(np.int64), j[above].astype(np.int64), similarity[above]))
+    rows, others, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((others, rows))
+    return rows[order], others[order], scores[order]
 
 
 def top_k(queries: Vectors, pool: Vectors, k: int, pool_words: Words) -> tuple[Int64, Float32]:
     """The k best rows of `pool` for each query, by (similarity descending, image id ascending): exact.
 
-    Holds a float32 copy of the pool (4 d bytes a row) beside blocks of QUERY_BLOCK queries; callers stream over pool
-    blocks and merge with `merge_top_k`.
+    Codes propose what may be among the k best, by bounds on its score that rise as the pool goes by; then `scoring`
+    decides. Holds both sets' codes, d bytes a vector, and about MAX_HELD candidates; callers stream over pool blocks
+    and merge with `merge_top_k`.
 
     Args:
         queries, pool: stored vectors [n, d] and [m, d].
@@ -98,12 +91,95 @@ def top_k(queries: Vectors, pool: Vectors, k: int, pool_words: Words) -> tuple[I
     rows = np.empty((len(queries), k), dtype=np.int64)
     similarity = np.empty((len(queries), k), dtype=np.float32)
     if rows.size:
-        index = _flat_index(require_faiss(), pool)
         id_rank = np.empty(len(pool), dtype=np.int64)
         id_rank[np.lexsort((pool_words[:, 1], pool_words[:, 0]))] = np.arange(len(pool))
-        for block in _slices(len(queries), QUERY_BLOCK):
-            rows[block], similarity[block] = _block_top_k(queries[block], pool, k, id_rank, index)
+        codes, multiplier, lengths = encode(pool), Multiplier(), norms(pool)
+        for start in range(0, len(queries), QUERY_BLOCK):
+            block = slice(start, start + QUERY_BLOCK)
+            best = _Best(queries[block], pool, codes, k, id_rank, lengths)
+            rows[block], similarity[block] = best.search(multiplier)
     return rows, similarity
+
+
+class _Best:
+    """The k best of one block of queries, found chunk by chunk of the pool."""
+
+    def __init__(
+        self, queries: Vectors, pool: Vectors, codes: Codes, k: int, id_rank: Int64, lengths: npt.NDArray[np.float64]
+    ) -> None:
+        self._queries, self._pool, self._k, self._id_rank, self._lengths = queries, pool, k, id_rank, lengths
+        self._left, self._right = encode(queries), codes
+        self._floor = np.full(len(queries), -np.inf, dtype=np.float32)  # each query's k-th best scores at least this
+        empty = np.zeros(0, dtype=np.int64)
+        self._held = (empty, empty, np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+    def search(self, multiplier: Multiplier) -> tuple[Int64, Float32]:
+        allowance = allowances(self._right, float(self._left.error.max()))
+        start, size = 0, max(FIRST_CHUNK, 2 * self._k)
+        self._begin(size, multiplier)
+        while start < len(self._pool):
+            chunk = slice(start, start + size)
+            cutoff = cutoffs(self._floor, self._left)
+            for found in multiplier.candidates(self._left.values, self._right.values[chunk], cutoff, allowance[chunk]):
+                self._take(found[0], found[1] + np.int64(start), found[2])
+            self._raise()
+            start, size = start + size, min(2 * size, LAST_CHUNK)
+        return self._decide()
+
+    def _begin(self, size: int, multiplier: Multiplier) -> None:
+        """The first floors: each query's k-th highest lower bound among the first `size` rows of the pool."""
+        first = self._right.take(slice(0, size))
+        product = multiplier.products(self._left.values, first.values)
+        errors = self._left.error[:, None], first.error[None, :]
+        middle = product.astype(np.float32) * np.float32(first.scale**2)
+        least = middle - (at_most(product, *errors, first.scale) - middle)
+        self._floor = np.partition(least, len(first) - self._k, axis=1)[:, len(first) - self._k].copy()
+
+    def _take(self, i: Int32, j: Int64, product: Int32) -> None:
+        """Hold candidates with the least and the most that each can score."""
+        errors = self._left.error[i], self._right.error[j]
+        most = at_most(product, *errors, self._right.scale)
+        middle = product.astype(np.float32) * np.float32(self._right.scale**2)
+        fresh = (i.astype(np.int64), j, middle - (most - middle), most)
+        if len(self._held[0]) + len(i) > MAX_HELD:
+            self._raise()
+            self._score()
+        rows, others, lower, upper = self._held
+        self._held = (
+            np.concatenate([rows, fresh[0]]),
+            np.concatenate([others, fresh[1]]),
+            np.concatenate([lower, fresh[2]]),
+            np.concatenate([upper, fresh[3]]),
+        )
+
+    def _raise(self) -> None:
+        """Raise each query's floor to the k-th highest lower bound, and drop what can no longer be among the k best."""
+        i, _, least, most = self._held
+        order = np.lexsort((-least, i))
+        first = np.searchsorted(i[order], np.arange(len(self._queries) + 1))
+        full = np.flatnonzero(np.diff(first) >= self._k)
+        self._floor[full] = np.maximum(self._floor[full], least[order[first[full] + self._k - 1]])
+        self._keep(most >= self._floor[i])
+
+    def _score(self) -> None:
+        """Replace the bounds of what is held by scores; of equal scores the k of lowest id stay."""
+        i, j, _, _ = self._held
+        score = cosine_pairs(self._queries, i, self._pool, j, None, self._lengths)
+        order = np.lexsort((self._id_rank[j], -score, i))
+        place = np.arange(len(order)) - np.searchsorted(i[order], i[order])
+        self._held = (i, j, score, score)
+        self._keep(np.sort(order[place < self._k]))
+
+    def _keep(self, chosen: npt.NDArray[Any]) -> None:
+        i, j, least, most = self._held
+        self._held = (i[chosen], j[chosen], least[chosen], most[chosen])
+
+    def _decide(self) -> tuple[Int64, Float32]:
+        self._score()
+        i, j, score, _ = self._held
+        order = np.lexsort((self._id_rank[j], -score, i))
+        shape = (len(self._queries), self._k)
+        return j[order].reshape(shape), score[order].reshape(shape)
 
 
 def merge_top_k(
@@ -128,62 +204,5 @@ def merge_top_k(
     return all_similarity[take], all_words[take], all_payload[take]
 
 
-def _block_top_k(queries: Vectors, pool: Vectors, k: int, id_rank: Int64, index: Any) -> tuple[Int64, Float32]:
-    """`top_k` of one block of queries.
-
-    With margin e, the k best proposals all score at least f_k - e, f_k being the k-th proposed product. So the k best
-    have products of f_k - 2 e or more: the proposals hold them all where the last one lies below that `floor`.
-    Queries left open (many near-ties) get every row above their floor by range search.
-    """
-    units = to_unit(queries)
-    product, found = index.search(units, min(k + EXTRA, len(pool)))
-    floor = product[:, k - 1] - np.float32(2 * search_margin(queries.shape[1]))
-    is_open = (product[:, -1] >= floor) & (found.shape[1] < len(pool))
-    rows = np.empty((len(queries), k), dtype=np.int64)
-    similarity = np.empty((len(queries), k), dtype=np.float32)
-
-    closed = np.flatnonzero(~is_open)
-    query, column = np.nonzero(product[closed] >= floor[closed, None])
-    rows[closed], similarity[closed] = _decide(queries[closed], pool, query, found[closed[query], column], k, id_rank)
-
-    still_open = np.flatnonzero(is_open)
-    still_open = still_open[np.argsort(floor[still_open])]  # neighbors in a sub-block share the lowest floor
-    for block in _slices(len(still_open), max(1, MAX_CANDIDATES // len(pool))):
-        at = still_open[block]
-        query, row, product_found = _range_search(index, units[at], float(np.nextafter(floor[at[0]], np.float32(-2))))
-        near = product_found >= floor[at[query]]
-        rows[at], similarity[at] = _decide(queries[at], pool, query[near], row[near], k, id_rank)
-    return rows, similarity
-
-
-def _decide(queries: Vectors, pool: Vectors, query: Int64, row: Int64, k: int, id_rank: Int64) -> tuple[Int64, Float32]:
-    """The k best candidates (query, row) of each query by score, then id; every query has at least k candidates."""
-    similarity = cosine_pairs(queries, query, pool, row)
-    order = np.lexsort((id_rank[row], -similarity, query))
-    first = np.searchsorted(query[order], np.arange(len(queries)))
-    best = order[first[:, None] + np.arange(k)]
-    return row[best], similarity[best]
-
-
-def _flat_index(faiss: ModuleType, x: Vectors) -> Any:
-    """FAISS's exact index over the rows of `x`; converts by blocks, so that only one float32 copy exists."""
-    index = faiss.IndexFlatIP(x.shape[1])
-    for block in _slices(len(x), POOL_BLOCK):
-        index.add(to_unit(x[block]))
-    return index
-
-
-def _range_search(index: Any, units: Float32, radius: float) -> tuple[Int64, Int64, Float32]:
-    """Pairs (query, row) whose product exceeds `radius`, with the product."""
-    limits, product, row = index.range_search(units, radius)
-    query = np.repeat(np.arange(len(units)), np.diff(limits.astype(np.int64)))
-    return query, row, product
-
-
 def _no_pairs() -> tuple[Int64, Int64, Float32]:
     return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-
-
-def _slices(num_rows: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of `size` rows (the last may be shorter)."""
-    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))

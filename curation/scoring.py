@@ -27,12 +27,24 @@ R = TypeVar("R")
 @functools.cache
 def _compile(loop: Callable[..., Any]) -> Callable[..., Any]:
     from numba import njit
+    from numba.extending import register_jitable
 
+    while _inlined:
+        register_jitable(_inlined.pop())
     try:
         decorated: Callable[..., Any] = njit(cache=True)(loop)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         decorated = njit(loop)
     return decorated
+
+
+_inlined: list[Callable[..., Any]] = []
+
+
+def inlined(part: Callable[P, R]) -> Callable[P, R]:
+    """Let compiled loops call `part`; it is compiled with them, and outside of them it is plain Python."""
+    _inlined.append(part)
+    return part
 
 
 def compiled(loop: Callable[P, R]) -> Callable[P, R]:
@@ -49,65 +61,111 @@ def compiled(loop: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@functools.cache
-def _float16_values() -> npt.NDArray[np.float64]:
-    """The value of every float16 code, float64 [65536]: the compiled loops cannot read float16 themselves."""
-    with np.errstate(invalid="ignore"):
-        return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
-
-
-def _readable(x: Vectors) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64] | None]:
-    """`x` as a compiled loop reads it: float16 codes and the table of their values, or float32 and no table."""
-    rows = np.ascontiguousarray(x).view(np.uint16 if x.dtype == np.float16 else np.float32)
+def readable(x: Vectors) -> npt.NDArray[Any]:
+    """The bits of `x` as a compiled loop reads them, uint16 or uint32 [n, d]: the compiler knows no float16."""
+    rows = np.ascontiguousarray(x).view(np.uint16 if x.dtype == np.float16 else np.uint32)
     rows.flags.writeable = False  # arrays over files are read-only: one compiled version serves all
-    return rows, _float16_values() if x.dtype == np.float16 else None
+    return rows
+
+
+@inlined
+def widen(row: npt.NDArray[Any], bits: npt.NDArray[np.int32], values: npt.NDArray[np.float64]) -> None:
+    """Write the values of one `readable` row to `values`; `bits` is room for as many. For compiled loops.
+
+    A float16's bits, moved to a float32's places, are its value times 2**-112: exact, subnormal numbers included, but
+    not for infinity and NaN.
+    """
+    single = bits.view(np.float32)
+    if row.itemsize == 2:
+        for t in range(row.shape[0]):
+            bits[t] = ((row[t] & 0x8000) << 16) | ((row[t] & 0x7FFF) << 13)
+        for t in range(row.shape[0]):
+            values[t] = np.float64(single[t]) * 2.0**112
+    else:
+        for t in range(row.shape[0]):
+            bits[t] = row[t]
+        for t in range(row.shape[0]):
+            values[t] = single[t]
+
+
+@inlined
+def _length(values: npt.NDArray[np.float64]) -> float:
+    """Euclidean length, summed in index order."""
+    total = 0.0
+    for t in range(values.shape[0]):
+        total += values[t] * values[t]
+    return np.sqrt(total)  # type: ignore[no-any-return]
 
 
 @compiled
-def _norm_loop(x: npt.NDArray[Any], table: npt.NDArray[np.float64] | None, out: npt.NDArray[np.float64]) -> None:
+def _finite_loop(x: npt.NDArray[Any], exponent: int, finite: npt.NDArray[np.bool_]) -> None:
     for row in range(x.shape[0]):
-        total = 0.0
+        bad = False
         for t in range(x.shape[1]):
-            value = np.float64(x[row, t]) if table is None else table[x[row, t]]
-            total += value * value
-        out[row] = np.sqrt(total)
+            bad |= (x[row, t] & exponent) == exponent
+        finite[row] = not bad
 
 
 @compiled
-def _unit_loop(
-    x: npt.NDArray[Any],
-    table: npt.NDArray[np.float64] | None,
-    norm: npt.NDArray[np.float64],
-    out: npt.NDArray[np.float32],
-) -> None:
+def _norm_loop(x: npt.NDArray[Any], out: npt.NDArray[np.float64]) -> None:
+    bits = np.empty(x.shape[1], np.int32)
+    values = np.empty(x.shape[1], np.float64)
+    for row in range(x.shape[0]):
+        widen(x[row], bits, values)
+        out[row] = _length(values)
+
+
+@compiled
+def _unit_loop(x: npt.NDArray[Any], norm: npt.NDArray[np.float64], out: npt.NDArray[np.float32]) -> None:
+    bits = np.empty(x.shape[1], np.int32)
+    values = np.empty(x.shape[1], np.float64)
     for row in range(x.shape[0]):
         scale = 1.0 / norm[row] if norm[row] > 0.0 else 0.0
+        widen(x[row], bits, values)
         for t in range(x.shape[1]):
-            value = np.float64(x[row, t]) if table is None else table[x[row, t]]
-            out[row, t] = value * scale
+            out[row, t] = values[t] * scale
+
+
+LANES = 4
+"""Pairs scored side by side: each sum waits for its own last addition, not for the others'."""
 
 
 @compiled
 def _cosine_loop(
     x: npt.NDArray[Any],
-    x_table: npt.NDArray[np.float64] | None,
     i: npt.NDArray[np.int64],
+    x_norms: npt.NDArray[np.float64],
     y: npt.NDArray[Any],
-    y_table: npt.NDArray[np.float64] | None,
     j: npt.NDArray[np.int64],
+    y_norms: npt.NDArray[np.float64],
     out: npt.NDArray[np.float32],
 ) -> None:
-    for pair in range(i.shape[0]):
-        a, b = i[pair], j[pair]
-        dot, xx, yy = 0.0, 0.0, 0.0
-        for t in range(x.shape[1]):
-            u = np.float64(x[a, t]) if x_table is None else x_table[x[a, t]]
-            v = np.float64(y[b, t]) if y_table is None else y_table[y[b, t]]
-            dot += u * v
-            xx += u * u
-            yy += v * v
-        scale = np.sqrt(xx) * np.sqrt(yy)
-        out[pair] = dot / scale if scale > 0.0 else 0.0
+    dim, count = x.shape[1], i.shape[0]
+    bits = np.empty(dim, np.int32)
+    values = np.empty((2 * LANES, dim), np.float64)
+    held = np.full(LANES, -1, np.int64)
+    for start in range(0, count, LANES):
+        for lane in range(LANES):
+            pair = min(start + lane, count - 1)
+            a, b = i[pair], j[pair]
+            if held[lane] != a:
+                widen(x[a], bits, values[lane])
+                held[lane] = a
+                if x_norms[a] < 0.0:
+                    x_norms[a] = _length(values[lane])
+            widen(y[b], bits, values[LANES + lane])
+            if y_norms[b] < 0.0:
+                y_norms[b] = _length(values[LANES + lane])
+        dot0, dot1, dot2, dot3 = 0.0, 0.0, 0.0, 0.0
+        for t in range(dim):
+            dot0 += values[0, t] * values[4, t]
+            dot1 += values[1, t] * values[5, t]
+            dot2 += values[2, t] * values[6, t]
+            dot3 += values[3, t] * values[7, t]
+        dots = (dot0, dot1, dot2, dot3)
+        for lane in range(min(LANES, count - start)):
+            scale = x_norms[i[start + lane]] * y_norms[j[start + lane]]
+            out[start + lane] = dots[lane] / scale if scale > 0.0 else 0.0
 
 
 def check_comparable(x: Vectors, y: Vectors) -> None:
@@ -118,29 +176,47 @@ def check_comparable(x: Vectors, y: Vectors) -> None:
         )
 
 
+def not_finite(x: Vectors) -> int | None:
+    """The first row of `x` [n, d] with NaN or infinite values, None where there is none."""
+    finite = np.ones(len(x), dtype=np.bool_)
+    _finite_loop(readable(x), 0x7C00 if x.dtype == np.float16 else 0x7F800000, finite)
+    return None if finite.all() else int(np.flatnonzero(~finite)[0])
+
+
 def norms(x: Vectors) -> npt.NDArray[np.float64]:
     """Euclidean length of each row of `x` [n, d], float64 [n]. Raises LvdError where a row is not finite."""
-    out = np.empty(len(x), dtype=np.float64)
-    _norm_loop(*_readable(x), out)
-    if not np.isfinite(out).all():
-        row = int(np.flatnonzero(~np.isfinite(out))[0])
+    row = not_finite(x)
+    if row is not None:
         raise LvdError(f"vector in row {row} has NaN or infinite values; compute its embedding again")
+    out = np.empty(len(x), dtype=np.float64)
+    _norm_loop(readable(x), out)
     return out
 
 
 def to_unit(x: Vectors) -> npt.NDArray[np.float32]:
     """Rows of `x` [n, d] scaled to length 1, float32 [n, d], for the search of candidates only; zero stays zero."""
     out = np.empty(x.shape, dtype=np.float32)
-    _unit_loop(*_readable(x), norms(x), out)
+    _unit_loop(readable(x), norms(x), out)
     return out
 
 
-def cosine_pairs(x: Vectors, i: npt.NDArray[Any], y: Vectors, j: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def cosine_pairs(
+    x: Vectors,
+    i: npt.NDArray[Any],
+    y: Vectors,
+    j: npt.NDArray[Any],
+    x_norms: npt.NDArray[np.float64] | None = None,
+    y_norms: npt.NDArray[np.float64] | None = None,
+) -> npt.NDArray[np.float32]:
     """Cosine similarity of chosen pairs, m(s, r) = f(s).f(r) / (|f(s)| |f(r)|) (DINOv2, section 3).
+
+    Fastest where neighboring pairs share i.
 
     Args:
         x, y: stored vectors [n, d] and [k, d], finite.
         i, j: rows of `x` and of `y`, int [m] each.
+        x_norms, y_norms: what `norms` gives for `x` and `y`, if at hand; else 8 bytes a row are held for it. Negative
+            ones are filled in, so that several calls can share them.
 
     Returns:
         float32 [m], the same for (x, i, y, j) and (y, j, x, i); 0 where a vector is zero. Holds nothing else.
@@ -154,8 +230,14 @@ def cosine_pairs(x: Vectors, i: npt.NDArray[Any], y: Vectors, j: npt.NDArray[Any
         if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
             raise IndexError(f"pairs name rows {rows.min()} to {rows.max()} of {num_rows}")
     out = np.empty(len(i), dtype=np.float32)
-    _cosine_loop(*_readable(x), i, *_readable(y), j, out)
+    _cosine_loop(readable(x), i, _fillable(x_norms, len(x)), readable(y), j, _fillable(y_norms, len(y)), out)
     return out
+
+
+def _fillable(lengths: npt.NDArray[np.float64] | None, num_rows: int) -> npt.NDArray[np.float64]:
+    if lengths is None:
+        return np.full(num_rows, -1.0)
+    return lengths if lengths.flags.writeable else lengths.copy()
 
 
 def search_margin(dim: int) -> float:

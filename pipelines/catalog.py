@@ -16,6 +16,8 @@ DEPTHS = {
     "index": 1,
     "embeddings": 2,
     "duplicates": 1,
+    "forest": 0,
+    "recall": 0,
     "centroids": 0,
     "clusters": 1,
     "retrieved": 1,
@@ -113,8 +115,16 @@ def _create(connection: Any, view: str, shard_set: ShardSet) -> None:
     if shard_set.num_parts:
         connection.execute(f'CREATE VIEW "{view}" AS SELECT * FROM read_parquet({_files(shard_set)})')
         return
-    columns = getattr(schemas, shard_set.manifest["kind"].upper())
-    connection.register(view, columns.empty_table())
+    connection.register(view, _columns(shard_set.manifest["kind"]).empty_table())
+
+
+def _columns(kind: str) -> Any:
+    """The schema of sets of a kind."""
+    from pipelines.join import EDGES
+    from pipelines.recall import RECALL
+
+    own = {"forest": EDGES, "recall": RECALL}
+    return own[kind] if kind in own else getattr(schemas, kind.upper())
 
 
 def _unite(connection: Any, kind: str, views: dict[str, str]) -> None:

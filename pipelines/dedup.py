@@ -1,13 +1,14 @@
 """Stage `dedup`: near-copies of each other and of reference images, as DINOv2 drops them (section 3, appendix A.3).
 
-1. `edges`: blocks of pool vectors against each other; pairs above the threshold, reduced to a spanning forest.
-2. `components`: union-find over the forests; one representative each: largest area, then smallest image_id.
-3. `cross`: blocks of representatives against each other and against the references, at the references' threshold.
-4. `leaks`: components of 3 that a reference belongs to.
-5. `duplicates/SOURCE`: one verdict a row.
+1. The pools are joined with themselves (`pipelines.engine`): edges above the threshold, reduced part by part.
+2. `forest`: the maximum spanning forest of all edges; it tells the components at every higher threshold, too.
+3. `components`: union-find over the forest; one representative each: largest area, then smallest image_id.
+4. `recall`: what a join that is not exact has found, measured on a sample.
+5. Representatives and references are joined, at the references' threshold.
+6. `leaks`: components of 5 that a reference belongs to, and the best reference of each image.
+7. `duplicates/SOURCE`: one verdict a row.
 
-Joins hold two blocks and their pairs; 2 and 4 hold O(n) small scalars, about 110 bytes an image. Search is exact:
-time grows with the square of the images, and more than MAX_EXACT_VECTORS are refused.
+2, 3 and 6 hold O(n) small scalars: about 110 bytes an image, and in 2 another 80 for each image that has a near-copy.
 """
 
 from collections.abc import Iterator
@@ -19,18 +20,25 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from curation import schemas, storage
+from curation.chaining import capped
 from curation.components import UnionFind, component_sizes, representatives, spanning_forest
 from curation.errors import ConfigError
+from curation.forest import Edges
+from curation.join import keep_best
 from curation.manifest import Input
-from curation.neighbors import check_exact_size, pairs_above
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
+from pipelines.engine import Engine, Planned, plan_join, resolve
+from pipelines.join import EDGES, HubsStep, Keep, SampleStep, edge_table, stream_edges
+from pipelines.nodes import Nodes
+from pipelines.recall import RecallStep, TruthStep
+from pipelines.recipe import DedupSettings
+from pipelines.semdedup import SEMDEDUP_ENGINE, plan_semdedup, semdedup_engine
 from pipelines.unit import Step, Unit, set_input
 from pipelines.vectors import BLOCK_ROWS, Vectors, areas, check_same_model
 
 Int64 = npt.NDArray[np.int64]
-Edges = tuple[Int64, Int64, npt.NDArray[np.float32]]
+Rule = Literal["component", "direct"]
 
-EDGES = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32())])
 COMPONENTS = pa.schema(
     [
         ("component", pa.int64()),
@@ -42,74 +50,61 @@ COMPONENTS = pa.schema(
 )
 LEAKS = pa.schema([("leaked", pa.bool_()), ("reference", pa.int64()), ("reference_similarity", pa.float32())])
 
-
-PAIR_ROWS = 2_048
-"""Rows of a block that are compared at once: were all of them copies, PAIR_ROWS * BLOCK_ROWS pairs would be held."""
-
-
-def _pairs(x: npt.NDArray[np.float16], y: npt.NDArray[np.float16], threshold: float) -> Iterator[Edges]:
-    """Pairs of rows of two blocks above the threshold, some rows of `x` at a time."""
-    for start in range(0, len(x), PAIR_ROWS):
-        i, j, similarity = pairs_above(x[start : start + PAIR_ROWS], y, threshold)
-        yield i + start, j, similarity
-
-
-def _edge_table(edges: Edges) -> pa.Table:
-    return pa.table([pa.array(column) for column in edges], schema=EDGES)
-
-
-def _reduced(pieces: Iterator[Edges]) -> Edges:
-    """The spanning forest of all pieces; holds one piece and a forest."""
-    held: Edges = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
-    for i, j, s in pieces:
-        a, b = np.concatenate([held[0], i]), np.concatenate([held[1], j])
-        similarity = np.concatenate([held[2], s])
-        forest = spanning_forest(a, b, similarity)
-        held = a[forest], b[forest], similarity[forest]
-    return held
-
-
-def _stream_edges(uri: str) -> Iterator[Edges]:
-    edges = ShardSet(uri)
-    for part in range(edges.num_parts):
-        for table in edges.stream(part, rows=GROUP_ROWS):
-            a, b, similarity = (table[name].to_numpy() for name in EDGES.names)
-            yield a, b, similarity
+SEMDEDUP_THRESHOLD = 0.97
+"""SemDeDup's epsilon of 0.03: half of LAION-440M has a near-copy at it (arXiv 2303.09540)."""
+REDUCE_ROWS = 1 << 22
+"""Edges that are reduced at once, beside the forest so far; as many as the forest has, where those are more."""
 
 
 @dataclass
-class EdgesStep(Step):
-    """Part i: the forest of block i of the pools against itself and all later blocks."""
+class ForestStep(Step):
+    """The maximum spanning forest of all edges: a < b, strongest first. SemDeDup's edges are kept as they are."""
 
-    pools: list[str]
-    threshold: float
+    edges: list[str]
+    is_reduced: bool
 
     def schema(self) -> pa.Schema:
         return EDGES
 
     def num_parts(self) -> int:
-        return Vectors(self.pools).num_blocks
+        return 1
 
     def write_part(self, part: int, writer: PartWriter) -> None:
-        writer.write(_edge_table(_reduced(self._across(part))), GROUP_ROWS)
+        if not self.is_reduced:
+            for edges in stream_edges(self.edges):
+                writer.write(edge_table(edges), GROUP_ROWS)
+            return
+        held: Edges = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+        fresh: list[Edges] = []
+        num_fresh = 0
+        for edges in stream_edges(self.edges):
+            fresh.append(edges)
+            num_fresh += len(edges[0])
+            if num_fresh >= max(REDUCE_ROWS, len(held[0])):  # so the forest is sorted again only when it has doubled
+                held, fresh, num_fresh = _reduced(held, fresh), [], 0
+        writer.write(edge_table(_reduced(held, fresh)), GROUP_ROWS)
 
-    def _across(self, part: int) -> Iterator[Edges]:
-        vectors = Vectors(self.pools)
-        block = vectors.block(part)
-        for other in range(part, vectors.num_blocks):
-            against = block if other == part else vectors.block(other)
-            for i, j, similarity in _pairs(block, against, self.threshold):
-                a, b = i + part * BLOCK_ROWS, j + other * BLOCK_ROWS
-                yield a[a < b], b[a < b], similarity[a < b]
+
+def _reduced(forest: Edges, fresh: list[Edges]) -> Edges:
+    """The maximum spanning forest of a forest and more edges."""
+    a, b, similarity = (np.concatenate(column) for column in zip(forest, *fresh, strict=True))
+    kept = spanning_forest(a, b, similarity)
+    return a[kept], b[kept], similarity[kept]
 
 
 @dataclass
 class ComponentsStep(Step):
-    """One row an image, in the pools' order: its component, its representative, its strongest edge."""
+    """One row an image, in the pools' order: its component, its representative, its strongest edge.
+
+    With `is_rooted` edges lead from an image that another was dropped for, to that other (SemDeDup), and the
+    representative is the one that was not dropped.
+    """
 
     pools: list[str]
     images: list[str]
-    edges: str
+    forest: str
+    max_component: int | None
+    is_rooted: bool
 
     def schema(self) -> pa.Schema:
         return COMPONENTS
@@ -121,20 +116,31 @@ class ComponentsStep(Step):
         vectors = Vectors(self.pools)
         found = UnionFind(len(vectors))
         strongest = np.full(len(vectors), np.nan, np.float32)
-        for a, b, similarity in _stream_edges(self.edges):
+        is_root = np.ones(len(vectors), np.bool_)
+        for a, b, similarity in self._edges(len(vectors)):
             found.union(a, b)
             np.fmax.at(strongest, a, similarity)
             np.fmax.at(strongest, b, similarity)
+            is_root[b] = not self.is_rooted
         labels = found.labels()
         sizes = component_sizes(labels)
         words = np.concatenate([np.zeros((0, 2), np.uint64), *self._words(vectors)])
-        chosen = representatives(labels, self._areas(vectors), words)
+        chosen = representatives(labels, np.where(is_root, self._areas(vectors), -1), words)
         for start in range(0, len(vectors), GROUP_ROWS):
             rows = slice(start, start + GROUP_ROWS)
             names = [f"{high:016x}{low:016x}" for high, low in words[chosen[rows]].tolist()]
             nearest = pa.array(strongest[rows], mask=np.isnan(strongest[rows]))
             values = [labels[rows], sizes[rows], chosen[rows], names, nearest]
             writer.write(pa.table([pa.array(v) for v in values], schema=COMPONENTS))
+
+    def _edges(self, num_nodes: int) -> Iterator[Edges]:
+        if self.max_component is None:
+            yield from stream_edges([self.forest])
+            return
+        pieces = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)), *stream_edges([self.forest])]
+        a, b, similarity = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        stays = capped(a, b, similarity, num_nodes, self.max_component)
+        yield a[stays], b[stays], similarity[stays]
 
     def _words(self, vectors: Vectors) -> Iterator[npt.NDArray[np.uint64]]:
         for block in range(vectors.num_blocks):
@@ -150,60 +156,13 @@ class ComponentsStep(Step):
 
 
 @dataclass
-class CrossStep(Step):
-    """Part i: representatives of block i against the references (nodes after the pools'), and against each other.
-
-    Edges to references are all there, so that each image's best one is; edges between representatives, which matter
-    for the component rule alone, are reduced to a forest.
-    """
-
-    pools: list[str]
-    references: list[str]
-    components: str
-    threshold: float
-    rule: Literal["component", "direct"]
-
-    def schema(self) -> pa.Schema:
-        return EDGES
-
-    def num_parts(self) -> int:
-        return Vectors(self.pools).num_blocks if self.references else 0
-
-    def write_part(self, part: int, writer: PartWriter) -> None:
-        vectors, references = Vectors(self.pools), Vectors(self.references)
-        nodes, block = self._representatives(vectors, part)
-        for other in range(references.num_blocks):
-            first = other * BLOCK_ROWS + len(vectors)
-            for i, j, similarity in _pairs(block, references.block(other), self.threshold):
-                writer.write(_edge_table((nodes[i], j + first, similarity)), GROUP_ROWS)
-        if self.rule == "component":
-            writer.write(_edge_table(_reduced(self._among(vectors, part, nodes, block))), GROUP_ROWS)
-
-    def _representatives(self, vectors: Vectors, number: int) -> tuple[Int64, npt.NDArray[np.float16]]:
-        """Numbers and vectors of the representatives in a block."""
-        start = number * BLOCK_ROWS
-        block = vectors.block(number)
-        chosen = ShardSet(self.components).read_rows(0, start, start + len(block), ["representative"])
-        own = np.arange(start, start + len(block))
-        mine = chosen["representative"].to_numpy() == own
-        return own[mine], block[mine]
-
-    def _among(self, vectors: Vectors, part: int, nodes: Int64, block: npt.NDArray[np.float16]) -> Iterator[Edges]:
-        for other in range(part, vectors.num_blocks):
-            others, against = (nodes, block) if other == part else self._representatives(vectors, other)
-            for i, j, similarity in _pairs(block, against, self.threshold):
-                a, b = nodes[i], others[j]
-                yield a[a < b], b[a < b], similarity[a < b]
-
-
-@dataclass
 class LeaksStep(Step):
     """One row an image, in the pools' order: whether a reference takes it along, and its best reference."""
 
     pools: list[str]
     references: list[str]
-    cross: str
-    rule: Literal["component", "direct"]
+    edges: list[str]
+    rule: Rule
 
     def schema(self) -> pa.Schema:
         return LEAKS
@@ -216,11 +175,11 @@ class LeaksStep(Step):
         found = UnionFind(num_pool + num_references)
         best = np.full(num_pool, -1, np.int64)
         best_similarity = np.full(num_pool, -np.inf, np.float32)
-        rank = self._reference_ranks()
-        for a, b, similarity in _stream_edges(self.cross):
+        rank = Nodes(self.pools, self.references).reference_ranks() if self.references else np.zeros(0, np.int64)
+        for a, b, similarity in stream_edges(self.edges):
             found.union(a, b)
-            direct = b >= num_pool
-            _keep_best(best, best_similarity, a[direct], b[direct] - num_pool, similarity[direct], rank)
+            direct = (a < num_pool) & (b >= num_pool)
+            keep_best(best, best_similarity, a[direct], b[direct] - num_pool, similarity[direct], rank)
         leaked = best >= 0
         if self.rule == "component":
             labels = found.labels()
@@ -237,36 +196,6 @@ class LeaksStep(Step):
             ]
             writer.write(pa.table(values, schema=LEAKS))
 
-    def _reference_ranks(self) -> Int64:
-        """Places of the references by image_id, which breaks ties."""
-        if not self.references:
-            return np.zeros(0, np.int64)
-        references = Vectors(self.references)
-        words = references.words(0, len(references))
-        rank = np.empty(len(words), np.int64)
-        rank[np.lexsort((words[:, 1], words[:, 0]))] = np.arange(len(words))
-        return rank
-
-
-def _keep_best(
-    best: Int64,
-    best_similarity: npt.NDArray[np.float32],
-    nodes: Int64,
-    references: Int64,
-    similarity: npt.NDArray[np.float32],
-    rank: Int64,
-) -> None:
-    """Update each node's best reference in place: highest similarity, then lowest rank."""
-    order = np.lexsort((rank[references], -similarity, nodes))
-    nodes, references, similarity = nodes[order], references[order], similarity[order]
-    first = np.concatenate([[True], nodes[1:] != nodes[:-1]])[: len(nodes)]
-    nodes, references, similarity = nodes[first], references[first], similarity[first]
-    better = similarity > best_similarity[nodes]
-    tied = (similarity == best_similarity[nodes]) & (rank[references] < rank[best[nodes]])
-    chosen = better | tied
-    best[nodes[chosen]] = references[chosen]
-    best_similarity[nodes[chosen]] = similarity[chosen]
-
 
 @dataclass
 class VerdictsStep(Step):
@@ -277,7 +206,7 @@ class VerdictsStep(Step):
     references: list[str]
     components: str
     leaks: str
-    rule: Literal["component", "direct"]
+    rule: Rule
 
     def schema(self) -> pa.Schema:
         return schemas.DUPLICATES
@@ -332,18 +261,20 @@ class VerdictsStep(Step):
 class DedupUnit(Unit):
     """All pools against each other and against the references: `duplicates/SOURCE` for each pool.
 
-    Thresholds left None are those that the embedder states for itself.
+    Thresholds left None are those that the embedder states for itself. `forest` and `recall` are kept beside.
     """
 
     pools: list[str]
     images: list[str]
     references: list[str]
-    threshold: float | None
-    reference_threshold: float | None
-    rule: Literal["component", "direct"]
+    settings: DedupSettings
+    seed: int
     out: str
+    forest: str
+    recall: str
 
     stage = "dedup"
+    version = 2
 
     @property
     def title(self) -> str:
@@ -356,42 +287,105 @@ class DedupUnit(Unit):
 
     def config(self) -> dict[str, Any]:
         own, reference = self._thresholds()
-        values: dict[str, Any] = {"threshold": own, "engine": "exact", "block_rows": BLOCK_ROWS}
+        engine = self._engine(self.pools)
+        values: dict[str, Any] = {"threshold": own, "preset": self.settings.preset, "seed": self.seed}
+        values |= {"engine": engine.name, engine.name: engine.values, "max_component": self.settings.max_component}
+        if engine.name not in ("exact", SEMDEDUP_ENGINE):
+            values["recall_sample"] = self.settings.join.recall_sample
         if self.references:
-            values |= {"reference_threshold": reference, "rule": self.rule}
+            across = self._engine([*self.pools, *self.references])
+            values |= {"reference_threshold": reference, "rule": self._rule, "reference_engine": across.name}
+            values |= {f"reference_{across.name}": across.values}
         return values
+
+    @property
+    def _rule(self) -> Rule:
+        return self.settings.rule or ("component" if self.settings.preset == "paper" else "direct")
+
+    def notes(self) -> list[str]:
+        return [self._engine(self.pools).why]
+
+    def _engine(self, uris: list[str]) -> Engine:
+        """How the pools, or the pools and references, are joined."""
+        vectors = Vectors(uris)
+        if self.settings.preset == "semdedup" and uris == self.pools:
+            return semdedup_engine(self.settings.join, len(vectors))
+        return resolve(self.settings.join, len(vectors), vectors.dim)
 
     def _thresholds(self) -> tuple[float, float]:
         """Given thresholds, or the embedder's. Raises ConfigError when neither is there."""
         info = ShardSet(self.pools[0]).manifest["info"]
-        own = info["copy_thresholds"] or {}
-        threshold = self.threshold if self.threshold is not None else own.get("self_dedup")
-        reference = self.reference_threshold if self.reference_threshold is not None else own.get("reference")
-        if threshold is None or (reference is None and self.references):
+        stated = info["copy_thresholds"] or {}
+        own, reference = stated.get("self_dedup"), stated.get("reference")
+        if self.settings.preset == "precise":
+            own = reference = stated.get("precise")
+        elif self.settings.preset == "semdedup":
+            own = SEMDEDUP_THRESHOLD
+        own = self.settings.threshold if self.settings.threshold is not None else own
+        reference = self.settings.reference_threshold if self.settings.reference_threshold is not None else reference
+        if own is None or (reference is None and self.references):
             raise ConfigError(
-                f"{info['model']} states no copy thresholds of its own: "
+                f"{info['model']} states no copy thresholds of its own for preset {self.settings.preset}: "
                 "set dedup.threshold and dedup.reference_threshold"
             )
-        return float(threshold), float(reference if reference is not None else threshold)
+        return float(own), float(reference if reference is not None else own)
 
     def steps(self) -> list[Step]:
-        vectors = Vectors(self.pools)
-        check_exact_size(len(vectors), len(vectors))
-        threshold, reference_threshold = self._thresholds()
-        edges, components, cross, leaks = (
-            storage.join(self.out, f"_{n}") for n in ("edges", "components", "cross", "leaks")
+        threshold, _ = self._thresholds()
+        pools, engine = Nodes(self.pools, []), self._engine(self.pools)
+        is_semdedup = engine.name == SEMDEDUP_ENGINE
+        plan = plan_semdedup if is_semdedup else plan_join
+        found = plan(engine, pools, threshold, "forest", self.seed, self.out, "")
+        forest = ForestStep(self.forest, "forest", self._labels(self.pools[0]), True, found.edges, not is_semdedup)
+        components = ComponentsStep(
+            *self._at("components"), self.pools, self.images, forest.out, self.settings.max_component, is_semdedup
         )
-        steps: list[Step] = [
-            EdgesStep(edges, "edges", {}, False, self.pools, threshold),
-            ComponentsStep(components, "components", {}, False, self.pools, self.images, edges),
-            CrossStep(
-                cross, "cross", {}, False, self.pools, self.references, components, reference_threshold, self.rule
-            ),
-            LeaksStep(leaks, "leaks", {}, False, self.pools, self.references, cross, self.rule),
-        ]
-        for number, shard_set in enumerate(vectors.sets):
+        steps = [*found.steps, forest, components]
+        if engine.name in ("partitioned", "faiss"):
+            steps += self._audit(engine, pools, threshold, found, components.out)
+        return [*steps, *self._across(components.out)]
+
+    def _at(self, name: str) -> tuple[str, str, dict[str, Any], bool]:
+        return storage.join(self.out, f"_{name}"), name.replace("_", " "), {}, False
+
+    def _labels(self, uri: str) -> dict[str, Any]:
+        return {"embedder": ShardSet(uri).labels["embedder"]}
+
+    def _audit(self, engine: Engine, pools: Nodes, threshold: float, found: Planned, components: str) -> list[Step]:
+        join = self.settings.join
+        sample = SampleStep(*self._at("recall_sample"), pools, join.recall_sample, self.seed, "recall")
+        hubs = next((step.out for step in found.steps if isinstance(step, HubsStep)), None)
+        truth = TruthStep(*self._at("recall_truth"), self.pools, sample.out, threshold, self.seed, hubs)
+        recall = RecallStep(
+            self.recall,
+            "recall",
+            self._labels(self.pools[0]),
+            True,
+            sample.out,
+            truth.out,
+            components,
+            join.min_recall,
+            self.seed,
+            found.lists,
+            engine.values.get("quantizers", 0),
+            engine.values.get("lists_joined", 0),
+        )
+        return [sample, truth, recall]
+
+    def _across(self, components: str) -> list[Step]:
+        """The relative step, and the verdicts."""
+        edges, steps = [], []
+        if self.references:
+            keep: Keep = "both" if self._rule == "component" else "best"
+            nodes = Nodes(self.pools, self.references, components)
+            engine = self._engine([*self.pools, *self.references])
+            found = plan_join(engine, nodes, self._thresholds()[1], keep, self.seed, self.out, "reference_")
+            edges, steps = found.edges, found.steps
+        leaks = LeaksStep(*self._at("leaks"), self.pools, self.references, edges, self._rule)
+        steps = [*steps, leaks]
+        for number, shard_set in enumerate(Vectors(self.pools).sets):
             place = storage.join(self.out, shard_set.source)
             labels = {key: value for key, value in shard_set.labels.items() if key != "embedder"}
-            where = (self.pools, number, self.references, components, leaks, self.rule)
+            where = (self.pools, number, self.references, components, leaks.out, self._rule)
             steps.append(VerdictsStep(place, "duplicates", labels, True, *where))
         return steps

@@ -214,7 +214,7 @@ class EmbedUnit(Unit):
     def steps(self) -> list[Step]:
         labels = {**ShardSet(self.images).labels, "embedder": self.name}
         thresholds = self.embedder.copy_thresholds
-        copies = {"self_dedup": thresholds.self_dedup, "reference": thresholds.reference} if thresholds else None
+        copies = vars(thresholds) if thresholds else None
         info = {
             "model": self.settings.model,
             "dim": self.embedder.dim,

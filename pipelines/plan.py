@@ -1,4 +1,4 @@
-"""What a recipe would do, before anything runs: tasks, rows, bytes, and what is already there.
+"""What a recipe would do, before anything runs: tasks, rows, bytes, what is already there, and what dedup costs.
 
 Figures of sets that exist are exact; others are estimated from what the recipe declares, or from Parquet footers.
 """
@@ -12,6 +12,7 @@ from curation import storage
 from curation.errors import LvdError
 from curation.shards import ReadableParquet, ShardSet
 from pipelines.filter import BUCKET_ROWS
+from pipelines.price import chosen_engine, price_tables, size_text
 from pipelines.raw import find_files, find_images
 from pipelines.recipe import PartSettings, Recipe, SourceSettings
 from pipelines.run import Plan
@@ -35,33 +36,35 @@ class Line:
 
 
 def plan_tables(recipe: Recipe, run: str | None) -> list[Table]:
-    """The plan as tables: sets to make, and the parts of the final set with their nominal sizes."""
+    """The plan as tables: sets to make, the parts of the final set with their nominal sizes, and the cost of dedup."""
     counted = {name: count_rows(source) for name, source in recipe.sources.items()}
     recipe = recipe.model_copy(update={"parts": [_sized(part, counted) for part in recipe.parts]})
     lines = list(_lines(recipe, run, counted))
-    rows = [[line.stage, line.name, line.tasks, line.rows, _size(line.bytes), line.state] for line in lines]
+    rows = [[line.stage, line.name, line.tasks, line.rows, size_text(line.bytes), line.state] for line in lines]
     known = sum(line.bytes or 0 for line in lines)
-    rows.append(["", "all", sum(line.tasks or 0 for line in lines), None, _size(known), ""])
+    rows.append(["", "all", sum(line.tasks or 0 for line in lines), None, size_text(known), ""])
     tables = [Table("Stages", ["stage", "set", "tasks", "rows at most", "bytes about", "state"], rows)]
     parts: list[list[str | int | None]] = [[part.title, part.nominal] for part in recipe.parts]
     parts.append(["total of those known", nominal_total(recipe)])
-    return [*tables, Table("Parts of the final set", ["part", "images (nominal)"], parts)]
+    tables.append(Table("Parts of the final set", ["part", "images (nominal)"], parts))
+    return [*tables, *_dedup_price(recipe, run, lines)]
+
+
+def _dedup_price(recipe: Recipe, run: str | None, lines: list[Line]) -> list[Table]:
+    """What dedup costs, if the pools' rows are known: exactly where they are embedded, else as many as there may be."""
+    plan = Plan(recipe, run or "run")
+    names = [f"embeddings/{recipe.dedup.embedder}/{pool}" for pool in plan.pools]
+    rows = [line.rows for line in lines if line.name in names]
+    if None in rows:
+        return []
+    made = [ShardSet(plan.place(*name.split("/"))) for name in names] if run else []
+    dims = [int(shard_set.manifest["info"]["dim"]) for shard_set in made if shard_set.is_complete]
+    return price_tables(recipe.dedup, sum(count or 0 for count in rows), (dims or [VECTOR_BYTES // 2])[0])
 
 
 def nominal_total(recipe: Recipe) -> int:
     """Images of the final set as the recipe's own figures have it (paper, Table 15). Unknown parts count nothing."""
     return sum(part.nominal or 0 for part in recipe.parts)
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "?"
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} PB"
 
 
 def count_rows(source: SourceSettings) -> int | None:
@@ -115,6 +118,10 @@ def _expected(
         yield "embed", f"embeddings/{unit.name}/{source_name}", rows[source_name], VECTOR_BYTES + 32, None
     for name in plan.pools:
         yield "dedup", f"duplicates/{name}", rows[name], 80, None
+    pool_rows = None if None in [rows[name] for name in plan.pools] else sum(rows[name] or 0 for name in plan.pools)
+    yield "dedup", "forest", pool_rows, 20, 1
+    if pool_rows is not None and chosen_engine(recipe.dedup, pool_rows) in ("partitioned", "faiss"):
+        yield "dedup", "recall", 1, 400, 1
     if plan.needs_clusters:
         yield "cluster", "centroids", recipe.cluster.num_clusters, 2 * VECTOR_BYTES, 1
         for name in plan.pools:

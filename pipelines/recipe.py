@@ -75,13 +75,44 @@ class EmbedderSettings(Settings):
     decode_threads: Positive | None = None
 
 
+class JoinSettings(Settings):
+    """How near-copies are searched for: `auto` joins exactly up to a million images, in partitions beyond.
+
+    Partitioned: each of `quantizers` keeps every image in the nearest of `num_lists` lists and compares it with what
+    lies in the `lists_joined` nearest, in partitions of about `partition_rows` images. Its recall is measured on
+    `recall_sample` images and must reach `min_recall`. FAISS: the `k` nearest in the index `index`, whose codes may
+    under-estimate a similarity by `slack`.
+    """
+
+    engine: Literal["auto", "exact", "partitioned", "faiss"] = "auto"
+    num_lists: Positive | None = None
+    lists_joined: Positive = 32
+    quantizers: Positive = 4
+    partition_rows: Positive = 1_000_000
+    recall_sample: Positive = 4_000
+    min_recall: Annotated[float, Field(ge=0, le=1)] = 0.99
+    index: str = "IVF4096,PQ64"
+    nprobe: Positive | None = None
+    k: Positive = 64
+    slack: Annotated[float, Field(ge=0, le=1)] = 0.2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
 class DedupSettings(Settings):
-    """Copy detection. Thresholds left out are the embedder's own; `rule` says what a reference image takes with it."""
+    """Copy detection. Thresholds left out are the embedder's own; `rule` says what a reference image takes with it.
+
+    Presets: `paper` is DINOv2's; `precise` takes the embedder's threshold of 90 % precision for both, and rule direct;
+    `semdedup` drops an image for its likeness (0.97) to any of its cluster that lies farther from the center.
+    `max_component` cuts components of more images at their weakest edges.
+    """
 
     embedder: Name = "default"
+    preset: Literal["paper", "precise", "semdedup"] = "paper"
     threshold: Cosine | None = None
     reference_threshold: Cosine | None = None
-    rule: Literal["component", "direct"] = "component"
+    rule: Literal["component", "direct"] | None = None
+    max_component: Positive | None = None
+    join: JoinSettings = JoinSettings()
 
 
 class ClusterSettings(Settings):

@@ -83,10 +83,11 @@ class Plan:
             self._each(kind, self.pools),
             self._each("images", self.pools),
             self._each(kind, self.references),
-            settings.threshold,
-            settings.reference_threshold,
-            settings.rule,
+            settings,
+            self.recipe.seed,
             self.place("duplicates"),
+            self.place("forest"),
+            self.place("recall"),
         )
 
     @property

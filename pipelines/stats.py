@@ -1,14 +1,17 @@
-"""What a run did, in numbers: the funnel, rejects, sources, query sets and the balance of clusters."""
+"""What a run did, in numbers: the funnel, rejects, near-copies, sources, query sets and the balance of clusters."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from curation.recall import PAPER_K
 from curation.sampling import entropy, gini, normalized_entropy
 from curation.shards import ShardSet
 from pipelines.catalog import complete_sets, one_line_errors, open_catalog
+from pipelines.chains import components, curve, pool_sources
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ def report(run: str) -> list[Table]:
             funnel(sets, connection),
             verdicts(sets, connection),
             rejects(sets),
+            *near_copies(sets),
+            recall(sets),
             sources(sets, connection),
             query_sets(sets, connection),
             balance(sets, connection),
@@ -108,6 +113,63 @@ def rejects(sets: dict[str, ShardSet]) -> Table:
     """Rows that could not be processed, by set and reason."""
     rows = [[name, reason, count] for name, s in sets.items() for reason, count in s.manifest["reasons"].items()]
     return Table("Rejects", ["set", "reason", "rows"], rows)
+
+
+def near_copies(sets: dict[str, ShardSet]) -> list[Table]:
+    """`chain_tables` of a run, as far as dedup is complete."""
+    if "forest" not in sets:
+        return []
+    names = [f"duplicates/{source}" for source in pool_sources(sets["forest"].manifest)]
+    complete = set(names) <= set(sets)
+    return chain_tables(sets["forest"], [sets[name] for name in names]) if complete else []
+
+
+def chain_tables(forest: ShardSet, duplicates: list[ShardSet]) -> list[Table]:
+    """What other thresholds would keep (not for SemDeDup), components by size, and members of the largest.
+
+    Args:
+        forest: dedup's forest.
+        duplicates: the verdicts on all pools, in the order of `chains.pool_sources`.
+    """
+    num_images = sum(s.num_rows for s in duplicates)
+    is_semdedup = forest.manifest["config"]["preset"] == "semdedup"
+    points = [] if is_semdedup else curve(forest, num_images)
+    kept = [[point.threshold, point.kept, _share(point.kept, num_images), point.largest] for point in points]
+    classes, members = components(duplicates)
+    sizes = [[str(c.low) if c.low == c.high else f"{c.low} to {c.high}", c.components, c.images] for c in classes]
+    shown = [[str(m.component), m.size, m.source, m.image_id] for m in members]
+    return [
+        Table("Self-dedup at higher thresholds", ["threshold", "images kept", "share kept", "largest component"], kept),
+        Table("Components of near-copies", ["images of a component", "components", "images"], sizes),
+        Table("First images of the largest components", ["component", "images", "source", "image_id"], shown),
+    ]
+
+
+def recall(sets: dict[str, ShardSet]) -> Table:
+    """What a join that is not exact found of the true near-copies of sampled images, with 95 % intervals."""
+    columns = ["near-copies found", "value", "from", "to"]
+    if "recall" not in sets:
+        return Table("Recall of the join", columns, [])
+    (row,) = sets["recall"].read(0).to_pylist()
+    rows: list[list[Any]] = []
+    for name, what in (("recall_component", "recall: in one component"), ("recall_joined", "recall: compared")):
+        if row[name] is not None:
+            rows.append([what, *(_rounded_down(row[name + end]) for end in ("", "_low", "_high"))])
+    counts = {
+        "num_sampled": "sampled images",
+        "num_with_pairs": "of these with near-copies",
+        "num_pairs": "their near-copies",
+        "k_too_short": f"sampled images with more than {PAPER_K}",
+    }
+    rows += [[what, row[name], None, None] for name, what in counts.items()]
+    if row["note"]:
+        rows.append([row["note"], None, None, None])
+    return Table("Recall of the join", columns, rows)
+
+
+def _rounded_down(value: float) -> float:
+    """Four digits: what is below a target must not read as the target."""
+    return math.floor(value * 1e4 + 1e-6) / 1e4
 
 
 def sources(sets: dict[str, ShardSet], connection: Any) -> Table:

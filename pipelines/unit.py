@@ -61,6 +61,14 @@ class Step(ABC):
         """What the manifest should tell a reader besides; no hash depends on it."""
         return {}
 
+    def frees(self) -> list[str]:
+        """URIs of working sets that no later step reads: deleted once this step is complete, to free their space."""
+        return []
+
+    def check(self) -> None:
+        """Raise LvdError where what was made is not good enough for what follows; asked once it is complete."""
+        return
+
 
 class Unit(ABC):
     """A stage at work on given inputs."""
@@ -84,6 +92,10 @@ class Unit(ABC):
     @abstractmethod
     def steps(self) -> list[Step]:
         """The steps in order. Asked once the inputs are complete; must do no work of its own."""
+
+    def notes(self) -> list[str]:
+        """What was chosen for the user and why, one line each; told before the work begins."""
+        return []
 
     def origin(self, step: Step, inputs: tuple[Input, ...]) -> Origin:
         """What the set of `step` is made from."""
@@ -134,13 +146,26 @@ def run_unit(unit: Unit, executor: Executor, progress: Progress, overwrite: bool
     for step in kept:
         if ShardSet(step.out).begun() is None:
             ShardSet(step.out).begin(unit.origin(step, inputs))
-    for step in steps:
+    for note in unit.notes():
+        progress.say(f"{unit.title}: {note}")
+    for place, step in enumerate(steps):
         origin = unit.origin(step, inputs)
         check_origin(ShardSet(step.out), origin, overwrite=overwrite or not step.keep)
-        if not ShardSet(step.out).is_complete:
+        if not ShardSet(step.out).is_complete and not _is_spent(step, steps[place + 1 :], unit, inputs):
             run_step(step, origin, unit.title, executor, progress)
+        for uri in step.frees():
+            ShardSet(uri).delete()
+        step.check()
     _delete_working_sets(steps)
     return True
+
+
+def _is_spent(step: Step, later: list[Step], unit: Unit, inputs: tuple[Input, ...]) -> bool:
+    """Whether the step that frees this one's set is complete already, so that nothing will read it."""
+    for other in later:
+        if step.out in other.frees() and ShardSet(other.out).is_complete:
+            return bool(ShardSet(other.out).manifest["fingerprint"] == unit.origin(other, inputs).fingerprint)
+    return False
 
 
 def _has_results(shard_set: ShardSet) -> bool:

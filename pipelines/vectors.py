@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from curation.errors import ConfigError
+from curation.errors import ConfigError, LvdError
 from curation.hashing import id_words
 from curation.partwise import kept_ids, matrix, positions_in
+from curation.scoring import not_finite
 from curation.shards import ShardSet
 
 BLOCK_ROWS = 8_192
@@ -60,9 +61,18 @@ class Vectors:
         return self.read(number * BLOCK_ROWS, min((number + 1) * BLOCK_ROWS, len(self)))
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float16]:
-        """Vectors [start, stop), float16 [stop - start, dim]."""
+        """Vectors [start, stop), float16 [stop - start, dim]. Raises LvdError where one is not finite."""
         pieces = [matrix(table) for table in self._tables(start, stop, "embedding")]
-        return np.concatenate(pieces) if pieces else np.zeros((0, self.dim), np.float16)
+        found = np.concatenate(pieces) if pieces else np.zeros((0, self.dim), np.float16)
+        row = not_finite(found)
+        if row is not None:
+            slot = int(np.searchsorted(self.offsets, start + row, side="right")) - 1
+            shard_set, part = self.places[slot]
+            raise LvdError(
+                f"{shard_set.part_uri(part)}: the vector in row {start + row - int(self.offsets[slot])} has NaN or "
+                "infinite values; embed its source again"
+            )
+        return found
 
     def words(self, start: int, stop: int) -> npt.NDArray[np.uint64]:
         """Ids of vectors [start, stop), uint64 [stop - start, 2]."""

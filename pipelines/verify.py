@@ -2,7 +2,8 @@
 
 For every set: the manifest is as written, its figures follow from the commits, every file is the one committed, and
 what it was made from is what lies there now. Between sets: rows in = rows out + rejects, named by id and in order;
-every image that is referred to is there; the final shards hold each selected image as often as it was selected.
+every image that is referred to is there; near-copies' components are those of a forest, and one image stands for each;
+the final shards hold each selected image as often as it was selected.
 A worker holds one part of each of the sets it compares; the driver one number a part.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from curation import storage
@@ -20,9 +22,11 @@ from curation.errors import ConfigError, LvdError
 from curation.hashing import id_sum, id_words, image_id
 from curation.manifest import Commit, Origin, checksum, part_name, totals
 from curation.partwise import kept_ids
-from curation.shards import IMAGE_GROUP_ROWS, MANIFEST, ShardSet, part_number
+from curation.shards import GROUP_ROWS, IMAGE_GROUP_ROWS, MANIFEST, ShardSet, part_number
 from pipelines.catalog import find_sets
+from pipelines.chains import num_components, pool_names, pool_sources
 from pipelines.executor import Executor, Needs
+from pipelines.join import EDGES
 from pipelines.progress import Progress
 
 
@@ -174,6 +178,61 @@ def _check_embeddings(check: PartCheck, embeddings: ShardSet, part: int, report:
 def _check_duplicates(check: PartCheck, duplicates: ShardSet, part: int, report: PartReport) -> None:
     embeddings = check.input(duplicates, "embeddings")
     _same(report, _ids(duplicates, part), _ids(embeddings, part), "verdicts", embeddings)
+    table = duplicates.read(part, ["image_id", "component_size", "reason", "representative_id"])
+    stands = np.array([reason != "near_duplicate" for reason in table["reason"].to_pylist()], dtype=bool)
+    own, named = (id_words(table[name].to_pylist()) for name in ("image_id", "representative_id"))
+    strangers = int((own != named).any(axis=1)[stands].sum())
+    if strangers:
+        report.problems.append(f"{strangers} images are no near-duplicates, but others stand for them")
+    # Each image that stands for its component is named by as many as that has: over all pools this is 0.
+    sizes = table["component_size"].to_numpy()
+    told = sum(id_sum(own[stands & (sizes == size)]) * size for size in np.unique(sizes[stands]).tolist())
+    report.ids = (id_sum(named) - told) % (1 << 128)
+
+
+def _check_forest(check: PartCheck, forest: ShardSet, part: int, report: PartReport) -> None:
+    """Edges as dedup's config says, and as many as a forest of the components in the verdicts has."""
+    config = forest.manifest["config"]
+    num_images = sum(check.set(name).num_rows for name in pool_names(forest.manifest))
+    wrong: Counter[str] = Counter()
+    last = np.float32(np.inf)
+    for table in forest.stream(part, rows=GROUP_ROWS):
+        a, b, similarity = (table[name].to_numpy() for name in EDGES.names)
+        low, high = np.minimum(a, b), np.maximum(a, b)
+        is_directed = config["preset"] == "semdedup"  # from the image that stays to the one that is dropped
+        wrong["do not lead from a lower number to a higher"] += int((a == b if is_directed else a >= b).sum())
+        wrong[f"name images that are none of the {num_images}"] += int(((low < 0) | (high >= num_images)).sum())
+        wrong[f"are not above the threshold {config['threshold']}"] += int(
+            (~(similarity > np.float32(config["threshold"]))).sum()
+        )
+        if not is_directed:
+            wrong["are stronger than the one before"] += int((np.append(last, similarity[:-1]) < similarity).sum())
+            last = similarity[-1]
+    report.problems += [f"{count} edges {what}" for what, count in wrong.items() if count]
+    report.problems += _uncounted(check, forest, num_images)
+
+
+def _uncounted(check: PartCheck, forest: ShardSet, num_images: int) -> Iterator[str]:
+    """A forest has as many edges as images less components; where components were cut, more edges."""
+    verdicts = [f"duplicates/{source}" for source in pool_sources(forest.manifest)]
+    if not set(verdicts) <= set(check.places):
+        return  # what is missing is told of by its name
+    joined = num_images - num_components([check.set(name) for name in verdicts])
+    is_cut = forest.manifest["config"]["max_component"] is not None
+    if forest.num_rows < joined or (forest.num_rows > joined and not is_cut):
+        yield f"{forest.num_rows} edges cannot join {num_images} images to the components of the verdicts: {joined} can"
+
+
+def _check_recall(check: PartCheck, recall: ShardSet, part: int, report: PartReport) -> None:
+    table = recall.read(part)
+    if table.num_rows != 1 or recall.num_parts != 1:
+        report.problems.append(f"{recall.num_rows} rows of figures, where one is needed")
+    for name in (name for name in table.schema.names if name.startswith("recall_")):
+        values = table[name].combine_chunks()
+        flat = values.flatten() if name == "recall_joined_at" else values
+        wrong = [value for value in flat.drop_null().to_pylist() if not 0 <= value <= 1]
+        if wrong:
+            report.problems.append(f"{name} is {wrong[0]}, which is no share")
 
 
 def _check_clusters(check: PartCheck, clusters: ShardSet, part: int, report: PartReport) -> None:
@@ -233,6 +292,8 @@ _CHECKS: dict[str, Callable[[PartCheck, ShardSet, int, PartReport], None]] = {
     "index": _check_index,
     "embeddings": _check_embeddings,
     "duplicates": _check_duplicates,
+    "forest": _check_forest,
+    "recall": _check_recall,
     "clusters": _check_clusters,
     "retrieved": _check_retrieved,
     "selection": _check_selection,
@@ -318,6 +379,16 @@ def verify(run: str, executor: Executor, progress: Progress) -> Iterator[tuple[s
         finally:
             progress.end()
     yield from _check_sums(summed, ids, copies)
+    yield from _check_representatives({name: sets[name] for name in summed}, ids)
+
+
+def _check_representatives(summed: dict[str, ShardSet], ids: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Whether the images that near-duplicates name are those that stand for their components, in whatever pool."""
+    made = [s.manifest for name, s in summed.items() if name.split("/")[0] == "duplicates"]
+    for sources in sorted({tuple(pool_sources(manifest)) for manifest in made}):
+        names = [f"duplicates/{source}" for source in sources]
+        if set(names) <= set(summed) and sum(ids[name] for name in names) % (1 << 128):
+            yield names[0], "near-duplicates name images that do not stand for their components: the sums of ids differ"
 
 
 def _check_sums(summed: set[str], ids: Counter[str], copies: Counter[str]) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,8 @@ from curation.config import Settings
 from curation.filters import FILTER_REASONS
 from pipelines import recipe
 from pipelines.fetch_errors import RETRYABLE, Reason
+from pipelines.join import EDGES
+from pipelines.recall import RECALL
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
@@ -32,6 +34,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "filter": recipe.FilterSettings,
     "embedders.NAME": recipe.EmbedderSettings,
     "dedup": recipe.DedupSettings,
+    "dedup.join": recipe.JoinSettings,
     "cluster": recipe.ClusterSettings,
     "parts": recipe.PartSettings,
     "shard": recipe.ShardSettings,
@@ -43,6 +46,8 @@ COLUMNS = {
     "index": schemas.INDEX,
     "embeddings": schemas.embeddings(8),
     "duplicates": schemas.DUPLICATES,
+    "forest": EDGES,
+    "recall": RECALL,
     "centroids": schemas.centroids(8),
     "clusters": schemas.CLUSTERS,
     "retrieved": schemas.RETRIEVED,

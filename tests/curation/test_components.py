@@ -82,12 +82,55 @@ def test_unknown_nodes_are_refused() -> None:
     assert union_find.labels().tolist() == [0, 1, 2]
 
 
+def read_only(values: np.ndarray, dtype: str) -> np.ndarray:
+    """As a column of a file arrives."""
+    column = values.astype(dtype)
+    column.flags.writeable = False
+    return column
+
+
+@pytest.mark.parametrize("types", [("int32", "int32"), ("int64", "int32"), ("int32", "int64"), ("int16", "uint64")])
+def test_columns_of_any_integer_type_join_alike(types: tuple[str, str]) -> None:
+    num_nodes, i, j, _ = graph(1)
+    found = labels_of(num_nodes, read_only(i, types[0]), read_only(j, types[1]))
+    np.testing.assert_array_equal(found, slow_labels(num_nodes, i, j))
+    strided = np.repeat(i, 2).astype(np.int32)[::2]
+    np.testing.assert_array_equal(labels_of(num_nodes, strided, j), found)
+
+
+def test_unknown_nodes_of_narrow_columns_are_refused() -> None:
+    union_find = components.UnionFind(3)
+    for node in (-1, 3, -(2**31), 2**31 - 1):
+        with pytest.raises(LvdError, match="there are 3"):
+            union_find.union(np.array([0, 0], dtype=np.int32), np.array([1, node], dtype=np.int32))
+    assert union_find.labels().tolist() == [0, 1, 2]  # the known edge of a refused call is not joined either
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_forest_is_kruskals(seed: int) -> None:
     _, i, j, sim = graph(seed)
     assert components.spanning_forest(i, j, sim).tolist() == slow_forest(i, j, sim)
     big = np.int64(2**62) - 97 * np.arange(60)[::-1]  # node numbers as they come, in the same order
     assert components.spanning_forest(big[i], big[j], sim).tolist() == slow_forest(i, j, sim)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "nodes", [[0, 1, 2, 3], [10**9, 10**9 + 1, 7], [2**54, 5], [2**40, 2**55, 2**62, 5], [-(2**62), -5, 0, 9]]
+)
+def test_kruskal_order_is_by_similarity_then_ends(seed: int, nodes: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    sim = np.array([-np.inf, -1, -0.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, np.nextafter(np.float32(0.5), 1), 1, np.inf])
+    sim = rng.choice(sim, 300).astype(np.float32)
+    i, j = rng.choice(nodes, (2, 300))
+    np.testing.assert_array_equal(components.kruskal_order(i, j, sim), np.lexsort((j, i, -sim)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_forest_takes_nodes_of_any_number(seed: int) -> None:
+    _, i, j, sim = graph(seed)
+    for nodes in (np.arange(60) - 30, np.linspace(-(2**62), 2**62, 60).astype(np.int64)):
+        assert components.spanning_forest(nodes[i], nodes[j], sim).tolist() == slow_forest(i, j, sim)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -119,6 +162,14 @@ def test_forest_of_little() -> None:
     assert components.spanning_forest(
         np.array([7, 7]), np.array([9, 9]), np.array([0.7, 0.8], dtype=np.float32)
     ).tolist() == [1]
+
+
+@pytest.mark.parametrize("lengths", [(3, 2, 3), (2, 3, 3), (3, 3, 2), (2, 2, 3)])
+def test_columns_of_different_length_are_refused(lengths: tuple[int, int, int]) -> None:
+    i, j, sim = (np.arange(length) for length in lengths)
+    for function in (components.spanning_forest, components.kruskal_order):
+        with pytest.raises(LvdError, match="similarities"):
+            function(i, j, sim.astype(np.float32))
 
 
 @pytest.mark.parametrize("seed", range(6))

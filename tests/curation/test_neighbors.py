@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from curation import neighbors
+from curation import neighbors, products
 from curation.errors import ConfigError, LvdError
 from curation.faiss_setup import require_faiss
 from curation.scoring import cosine_pairs
@@ -43,9 +43,12 @@ def ids(rng: np.random.Generator, num_rows: int) -> np.ndarray:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbors, "POOL_BLOCK", 7)
+    monkeypatch.setattr(neighbors, "FIRST_CHUNK", 3)
+    monkeypatch.setattr(neighbors, "LAST_CHUNK", 7)
     monkeypatch.setattr(neighbors, "QUERY_BLOCK", 5)
-    monkeypatch.setattr(neighbors, "MAX_CANDIDATES", 21)
+    monkeypatch.setattr(neighbors, "MAX_HELD", 21)
+    monkeypatch.setattr(products, "TILE_ROWS", 16)
+    monkeypatch.setattr(products, "TILE_COLUMNS", 8)
 
 
 def slow_pairs(x: np.ndarray, y: np.ndarray, threshold: float, symmetric: bool) -> tuple[np.ndarray, ...]:
@@ -206,10 +209,72 @@ def test_exact_size_is_refused_above_the_limit() -> None:
         neighbors.check_exact_size(limit + 1, limit + 1)
 
 
-def test_pairs_above_refuses_by_the_same_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_above_compares_sets_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "MAX_EXACT_VECTORS", 2)
-    with pytest.raises(ConfigError, match="too large"):
-        neighbors.pairs_above(np.ones((3, 2), dtype=np.float16), np.ones((3, 2), dtype=np.float16), 0.5)
+    assert assert_pairs(np.ones((3, 2), dtype=np.float16), np.ones((3, 2), dtype=np.float16), 0.5, symmetric=False) == 9
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pairs_above_refuses_rows_that_are_not_finite(value: float, dtype: type) -> None:
+    x = np.ones((5, 6), dtype=dtype)
+    bad = x.copy()
+    bad[3, 2] = value
+    for left, right in ((x, bad), (bad, x)):
+        with pytest.raises(LvdError, match="row 3 has NaN or infinite"):
+            neighbors.pairs_above(left, right, 0.5)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 17, 96])
+def test_pairs_above_takes_either_type_and_any_length(dims: int) -> None:
+    rng = np.random.default_rng(dims)
+    x, y = vectors(rng, 45, dims), vectors(rng, 38, dims).astype(np.float32) * np.float32(1e-30)
+    y[::3] = x[:39:3].astype(np.float32) * np.float32(1e30)
+    for threshold in (0.45, 0.9, 0.9999):
+        for left, right in ((x, y), (y, x), (y, y)):
+            assert_pairs(left, right, threshold, symmetric=left is right)
+
+
+def structured(rng: np.random.Generator, num_rows: int, dim: int) -> np.ndarray:
+    """Near-copies in groups of very unequal size, 3 % exact copies and 1 % zeros among random vectors, float16."""
+    x = rng.standard_normal((num_rows, dim), dtype=np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    copies = np.flatnonzero(rng.random(num_rows) < 0.4)
+    origin = (rng.random(len(copies)) ** 4 * num_rows).astype(int)
+    weight = rng.uniform(0.6, 0.97, (len(copies), 1)).astype(np.float32)
+    x[copies] = weight * x[origin] + np.sqrt(1 - weight**2) * x[copies]
+    same = np.flatnonzero(rng.random(num_rows) < 0.03)
+    x[same] = x[rng.integers(0, num_rows, len(same))]
+    x[rng.random(num_rows) < 0.01] = 0
+    return x.astype(np.float16)
+
+
+def brute_pairs(x: np.ndarray, threshold: float) -> tuple[np.ndarray, ...]:
+    """Pairs i < j by float32 products; those within 1e-4 of the threshold are decided by `cosine_pairs`."""
+    norm = np.linalg.norm(x.astype(np.float32), axis=1, keepdims=True)
+    unit = x.astype(np.float32) / np.where(norm > 0, norm, 1)
+    parts = []
+    for start in range(0, len(x), 1000):
+        product = unit[start : start + 1000] @ unit[start:].T
+        i, j = np.divmod(np.flatnonzero(product > threshold - 1e-4), product.shape[1])
+        value, i, j = product[i, j][i < j], (i + start)[i < j], (j + start)[i < j]
+        close = np.flatnonzero(value < threshold + 1e-4)
+        above = np.ones(len(i), dtype=bool)
+        above[close] = cosine_pairs(x, i[close], x, j[close]) > np.float32(threshold)
+        parts.append((i[above], j[above]))
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize(("num_rows", "dim", "thresholds"), [(20_000, 128, (0.45, 0.9)), (5000, 512, (0.6,))])
+def test_pairs_of_many_vectors(num_rows: int, dim: int, thresholds: tuple[float, ...]) -> None:
+    x = structured(np.random.default_rng(dim), num_rows, dim)
+    for threshold in thresholds:
+        i, j, similarity = neighbors.pairs_above(x, x, threshold, symmetric=True)
+        expected = brute_pairs(x, threshold)
+        assert len(expected[0]) > 1000
+        for found, column in zip((i, j), expected, strict=True):
+            np.testing.assert_array_equal(found, column)
+        np.testing.assert_array_equal(similarity, cosine_pairs(x, i, x, j))
 
 
 def test_vectors_of_different_length_are_refused() -> None:

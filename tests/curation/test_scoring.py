@@ -35,6 +35,59 @@ def test_cosine_pairs_is_the_rule_bit_for_bit(seed: int, dtype: type) -> None:
     np.testing.assert_array_equal(scoring.cosine_pairs(y, j, x, i), expected)
 
 
+def shuffled_pairs(rng: np.random.Generator, num_pairs: int, num_x: int, num_y: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some in runs of equal i, as searches give them, some at random."""
+    i, j = rng.integers(0, num_x, num_pairs), rng.integers(0, num_y, num_pairs)
+    i[num_pairs // 3 :] = np.sort(i[num_pairs // 3 :])
+    return i, j
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dim", [1, 3, 8, 33, 512])
+def test_pairs_in_any_order_and_number_score_as_they_do_alone(dim: int, dtype: type) -> None:
+    rng = np.random.default_rng(dim)
+    x = (rng.standard_normal((19, dim)) * 10.0 ** rng.integers(-6, 4, (19, 1))).astype(np.float16)
+    y: np.ndarray = rng.standard_normal((13, dim)).astype(dtype)
+    x[4], y[7] = 0, 0
+    i, j = np.divmod(np.arange(19 * 13), 13)
+    alone = np.concatenate([scoring.cosine_pairs(x, i[k : k + 1], y, j[k : k + 1]) for k in range(19 * 13)])
+    np.testing.assert_array_equal(alone, [plain_cosine(x[a], y[b]) for a, b in zip(i, j, strict=True)])
+    for num_pairs in (2, 3, 4, 5, 7, 8, 9, 31, 247):
+        i, j = shuffled_pairs(rng, num_pairs, 19, 13)
+        np.testing.assert_array_equal(scoring.cosine_pairs(x, i, y, j), alone[i * 13 + j])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("seed", range(3))
+def test_norms_at_hand_change_nothing(seed: int, dtype: type) -> None:
+    rng = np.random.default_rng(seed)
+    x: np.ndarray = rng.standard_normal((31, 40)).astype(dtype)
+    y = rng.standard_normal((23, 40)).astype(np.float16)
+    x[3], y[5] = 0, 0
+    i, j = shuffled_pairs(rng, 301, 31, 23)
+    expected = scoring.cosine_pairs(x, i, y, j)
+    x_norms, y_norms = scoring.norms(x), scoring.norms(y)
+    for given in ((x_norms, y_norms), (x_norms, None), (None, y_norms)):
+        np.testing.assert_array_equal(scoring.cosine_pairs(x, i, y, j, *given), expected)
+
+
+def test_norms_of_another_process_are_read_only() -> None:
+    x = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float16)
+    i, j, norms = np.arange(6), np.arange(6)[::-1], scoring.norms(x)
+    expected = scoring.cosine_pairs(x, i, x, j, norms, norms)
+    norms.flags.writeable = False
+    np.testing.assert_array_equal(scoring.cosine_pairs(x, i, x, j, norms, norms), expected)
+
+
+def test_norms_not_known_yet_are_filled_in_where_a_pair_needs_them() -> None:
+    x = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float16)
+    held, other = np.full(6, -1.0), np.full(6, -1.0)
+    scoring.cosine_pairs(x, np.array([4, 2, 4]), x, np.array([1, 1, 0]), held, other)
+    exact = scoring.norms(x)
+    assert held.tolist() == [-1, -1, exact[2], -1, exact[4], -1]
+    assert other.tolist() == [exact[0], exact[1], -1, -1, -1, -1]
+
+
 def test_sums_run_in_index_order() -> None:
     x = np.array([[2.0**15, 2.0**-24, -(2.0**15)]], dtype=np.float16)
     y = np.array([[2.0**15, 2.0**-24, 2.0**15]], dtype=np.float16)
@@ -107,10 +160,18 @@ def test_bad_input_is_refused() -> None:
     for rows in (np.array([3]), np.array([-1])):
         with pytest.raises(IndexError):
             scoring.cosine_pairs(x, rows, x, FIRST)
-    for value in (np.nan, np.inf):
-        x[1, 2] = value
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_that_are_not_finite_are_refused(dtype: type, value: float) -> None:
+    largest = np.finfo(dtype).max
+    x = np.full((3, 4), largest, dtype=dtype)
+    assert np.isfinite(scoring.norms(x)).all()
+    x[1, 2] = value
+    for function in (scoring.norms, scoring.to_unit):
         with pytest.raises(LvdError, match="row 1 has NaN or infinite"):
-            scoring.to_unit(x)
+            function(x)
 
 
 def test_compiles_without_a_folder_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

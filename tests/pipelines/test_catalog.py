@@ -10,6 +10,8 @@ import pytest
 from curation.errors import ConfigError
 from curation.shards import MANIFEST, ShardSet
 from pipelines.catalog import complete_sets, find_sets, open_catalog, query
+from pipelines.join import EDGES
+from pipelines.recall import RECALL
 from tests.builders import image_table, random_ids, rows_of, write_embeddings, write_set
 
 SETS = [
@@ -18,6 +20,7 @@ SETS = [
     *(f"index/{s}" for s in ("bench", "birds", "book", "web")),
     *(f"embeddings/default/{s}" for s in ("bench", "birds", "book", "web")),
     *(f"duplicates/{s}" for s in ("book", "web")),
+    "forest",
     "centroids",
     *(f"clusters/{s}" for s in ("book", "web")),
     "retrieved/birds",
@@ -74,6 +77,19 @@ def test_a_set_without_parts_is_an_empty_view(tmp_path: Path) -> None:
     write_set(tmp_path / "retrieved/birds", "retrieved", [], source="birds", role="query")
     write_set(tmp_path / "retrieved/cars", "retrieved", [], source="cars", role="query")
     assert query(str(tmp_path), "SELECT image_id, rank FROM retrieved").num_rows == 0
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+def test_the_forest_and_the_recall_are_views_even_where_they_are_empty(tmp_path: Path, parts: int) -> None:
+    for kind, schema in (("forest", EDGES), ("recall", RECALL)):
+        write_set(tmp_path / kind, kind, [schema.empty_table()] * parts)
+        found = query(str(tmp_path), f"SELECT * FROM {kind}")
+        assert (found.num_rows, found.schema.names) == (0, schema.names)
+
+
+def test_edges_can_be_queried(tiny_run: Path) -> None:
+    joined = "SELECT count(*) - count(DISTINCT component) FROM duplicates"
+    assert value(tiny_run, "SELECT count(*) FROM forest WHERE a < b") == value(tiny_run, joined)
 
 
 def test_begun_sets_are_found_and_are_no_views(run_copy: Path) -> None:

@@ -14,8 +14,9 @@ from curation.shards import ShardSet
 from pipelines.catalog import find_sets
 from pipelines.executor import LocalExecutor
 from pipelines.plan import nominal_total, plan_tables
+from pipelines.price import dedup_costs, price_tables
 from pipelines.progress import Progress
-from pipelines.recipe import load_recipe
+from pipelines.recipe import DedupSettings, JoinSettings, load_recipe
 from pipelines.run import STAGES, Plan, run
 from pipelines.verify import verify
 from tests.builders import fingerprints, photo
@@ -60,6 +61,13 @@ def test_the_plan_is_in_order_and_makes_what_a_run_makes(tiny_recipe: Path, tiny
     order = [STAGES.index(row[0]) for row in tables[0].rows[:-1]]
     assert order == sorted(order)
     assert set(stages(tables)) - {"all"} == set(find_sets(str(tiny_run)))
+
+
+def test_what_a_join_found_is_measured_where_it_is_not_exact(tiny_recipe: Path) -> None:
+    for engine, is_measured in (("exact", False), ("partitioned", True), ("faiss", True)):
+        lines = stages(plan_tables(load_recipe(str(tiny_recipe), [f"dedup.join.engine={engine}"]), None))
+        assert ("recall" in lines) == is_measured
+        assert lines["forest"][:2] == ["dedup", 1]
 
 
 def test_expected_tasks_are_those_of_the_run(tiny_recipe: Path, tiny_run: Path) -> None:
@@ -110,6 +118,75 @@ def test_rows_are_counted_where_that_costs_little(tmp_path: Path) -> None:
     assert lines["urls/web"][2] is None
 
 
+def priced(settings: DedupSettings, num_images: int, dim: int = 512) -> dict[str, Any]:
+    """Costs by engine and step."""
+    return {f"{cost.engine} {cost.step}": cost for cost in dedup_costs(settings, num_images, dim)}
+
+
+def test_dedup_is_priced_by_the_products_that_it_takes() -> None:
+    """Two quantizers of 16 lists in 8 coarse cells: 4 lists are ranked at least for each one joined."""
+    join = JoinSettings(num_lists=16, lists_joined=2, quantizers=2, partition_rows=1000, recall_sample=50)
+    costs = priced(DedupSettings(join=join), 3200, dim=10)
+    assert costs["exact join"].operations == sum(2 * 10 * (3200 - i) for i in range(3200)) - 3200 * 10
+    assert costs["partitioned lists"].operations == 3200 * 2 * (8 + 8) * 20
+    assert costs["partitioned joins"].operations == 3200 * 2 * (2 * 3200 / 16) * 20
+    assert costs["partitioned recall"].operations == 50 * 3200 * 20
+    assert costs["partitioned scatter"].moved == 3200 * 2 * 2 * 20  # two lists lie in two partitions at most
+    assert costs["partitioned joins"].held == 1000 * 60
+    assert costs["any components"].held == 3200 * 110
+    assert costs["exact join"].held == 2 * 3200 * 30 + 3200 * 128
+
+
+def test_many_lists_joined_travel_three_times_and_small_sets_not_at_all() -> None:
+    assert priced(DedupSettings(), 2_000_000)["partitioned scatter"].moved == 2_000_000 * 4 * 3 * 1024
+    assert priced(DedupSettings(), 1_000_000)["partitioned scatter"].moved == 0
+    assert priced(DedupSettings(), 100_000)["partitioned joins"].held == 100_000 * 6 * 512
+
+
+def test_semdedup_is_priced_within_its_clusters() -> None:
+    costs = priced(DedupSettings(preset="semdedup"), 88_000)
+    assert [*costs] == ["semdedup lists", "semdedup scatter", "semdedup joins", "any components"]
+    assert costs["semdedup joins"].operations == 88_000 * 8_800 * 1024
+
+
+@pytest.mark.parametrize(
+    ("num_images", "engine", "marked"),
+    [
+        (1_000_000, "auto", {"exact (chosen)", "partitioned", "any"}),
+        (1_000_001, "auto", {"exact", "partitioned (chosen)", "any"}),
+        (16_000_001, "exact", {"exact (too many)", "partitioned", "any"}),
+        (10, "faiss", {"exact", "partitioned", "any", "faiss (chosen)"}),
+    ],
+)
+def test_the_engine_that_a_recipe_takes_is_marked(num_images: int, engine: Any, marked: set[str]) -> None:
+    table = price_tables(DedupSettings(join=JoinSettings(engine=engine)), num_images, 512)[0]
+    assert {row[0] for row in table.rows} == marked
+
+
+def test_the_papers_pool_is_priced_at_the_stated_rates() -> None:
+    tables = {table.title: table for table in plan_tables(load_recipe("lvd142m"), None)}
+    rows = {(row[0], row[1]): row[2:] for row in tables["Cost of dedup"].rows}
+    assert rows["exact (too many)", "join"][:3] == ["8.7e+20", "369,778", "481"]  # 1.3e9 squared times 512
+    assert rows["partitioned (chosen)", "lists"][:2] == ["4.6e+16", "20"]  # an eighth of 65,536 lists is ranked
+    assert rows["partitioned (chosen)", "joins"] == ["3.4e+18", "1,444", "1.9", None, "3.1 GB"]
+    assert rows["partitioned (chosen)", "scatter"][3] == "16.0 TB"
+    assert tables["What the cost of dedup rests on"].rows[0][1] == "1,300,000,000"
+
+
+def test_embedded_pools_are_priced_as_they_are(tiny_recipe: Path, tiny_run: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(tiny_recipe))
+    sets = [ShardSet(str(tiny_run / "embeddings" / "default" / name)) for name in ("web", "book")]
+    told = {row[0]: row[1] for row in plan_tables(recipe, str(tiny_run))[3].rows}
+    assert told["images"] == str(sum(shard_set.num_rows for shard_set in sets))
+    assert told["numbers of a vector"] == str(sets[0].manifest["info"]["dim"]) != "512"
+    told = {row[0]: row[1] for row in plan_tables(recipe, None)[3].rows}
+    assert int(told["images"]) > sum(shard_set.num_rows for shard_set in sets)
+    assert told["numbers of a vector"] == "512"
+    (tmp_path / "list.txt").write_text("http://a\n")
+    unknown = load_recipe(write_recipe(tmp_path, urls="list.txt"))
+    assert len(plan_tables(unknown, None)) == 2
+
+
 def test_units_are_those_of_the_stages(tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(tiny_recipe))
     units = list(Plan(recipe, str(tmp_path)).units())
@@ -129,11 +206,11 @@ def test_units_are_those_of_the_stages(tiny_recipe: Path, tmp_path: Path) -> Non
 
 
 def run_again(recipe: Path, out: Path, *assignments: str, overwrite: bool = False) -> list[str]:
-    """Run a recipe; returns the titles of the units that had something to do."""
+    """Run a recipe; returns the titles of the units that had something to do, not what they tell of their choices."""
     said = io.StringIO()
     run(load_recipe(str(recipe), list(assignments)), str(out), LocalExecutor(), Progress(said), overwrite=overwrite)
     lines = said.getvalue().splitlines()
-    return [line.rpartition(": ")[0] for line in lines if not line.endswith("up to date")]
+    return [line.rpartition(": ")[0] for line in lines if " rejected, " in line]
 
 
 def test_two_runs_give_the_same_bytes(tiny_recipe: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from curation.sampling import entropy, gini, normalized_entropy
 from curation.shards import ShardSet
+from pipelines.recall import RECALL
 from pipelines.stats import Table, cell, markdown, report
-from tests.builders import image_table, rows_of, write_set
+from tests.builders import image_table, rows_of, table, write_set
 
 POOLS = ("web", "book")
 
@@ -98,6 +99,62 @@ def test_a_run_cut_off_after_any_stage_can_be_told_of(run_copy: Path) -> None:
     for name in ("shards", "selection", "retrieved/birds", "clusters/web", "centroids", "duplicates/web"):
         ShardSet(str(run_copy / name)).delete()
         assert report(str(run_copy))[0].title == "Funnel"
+
+
+def test_near_copies(tiny_run: Path, tables: dict[str, Table]) -> None:
+    rows = [{**row, "source": name} for name in POOLS for row in rows_of(tiny_run / "duplicates" / name)]
+    stay = sum(row["reason"] != "near_duplicate" for row in rows)
+    largest = max(row["component_size"] for row in rows)
+    kept = [0.999, stay, f"{100 * stay / len(rows):.1f} %", largest]
+    assert tables["Self-dedup at higher thresholds"].rows == [kept]
+    sizes = tables["Components of near-copies"].rows
+    assert sizes[0] == ["1", *[sum(row["component_size"] == 1 for row in rows)] * 2]
+    assert [sum(row[at] for row in sizes) for at in (1, 2)] == [stay, len(rows)]
+    source_of = {(row["source"], row["image_id"]): row for row in rows}
+    shown = tables["First images of the largest components"].rows
+    assert len(shown) > 3
+    for component, size, source, name in shown:
+        row = source_of[source, name]
+        assert (component, size) == (str(row["component"]), row["component_size"])
+
+
+def test_components_of_semdedup_have_no_curve(run_copy: Path) -> None:
+    forest = ShardSet(str(run_copy / "forest"))
+    config = {**forest.manifest["config"], "preset": "semdedup"}
+    forest.write_manifest({**forest.manifest, "config": config})
+    titles = [table.title for table in report(str(run_copy))]
+    assert "Components of near-copies" in titles
+    assert "Self-dedup at higher thresholds" not in titles
+
+
+def write_recall(run: Path, **changes: object) -> None:
+    """A recall set of one row; `changes` are to its figures."""
+    ends = {"": 0.98996, "_low": 0.97, "_high": 1.0}
+    figures = {f"recall_{what}{end}": value for what in ("component", "joined") for end, value in ends.items()}
+    counts = {"num_sampled": 4000, "num_with_pairs": 900, "num_pairs": 12345, "k_too_short": 17}
+    row = {**figures, **counts, **changes}
+    write_set(run / "recall", "recall", [table(RECALL, **{name: [value] for name, value in row.items()})])
+
+
+def test_recall(tmp_path: Path) -> None:
+    write_recall(tmp_path, recall_joined_low=0.96)
+    (found,) = report(str(tmp_path))
+    assert (found.title, found.columns) == ("Recall of the join", ["near-copies found", "value", "from", "to"])
+    assert found.rows == [
+        ["recall: in one component", 0.9899, 0.97, 1.0],
+        ["recall: compared", 0.9899, 0.96, 1.0],
+        ["sampled images", 4000, None, None],
+        ["of these with near-copies", 900, None, None],
+        ["their near-copies", 12345, None, None],
+        ["sampled images with more than 64", 17, None, None],
+    ]
+
+
+def test_recall_of_an_engine_without_lists_and_without_pairs(tmp_path: Path) -> None:
+    write_recall(tmp_path, recall_joined=None, note="nothing measured")
+    (found,) = report(str(tmp_path))
+    assert [row[0] for row in found.rows if "compared" in row[0]] == []
+    assert found.rows[-1] == ["nothing measured", None, None, None]
 
 
 def test_markdown() -> None:

@@ -14,10 +14,12 @@ from curation.shards import MANIFEST, PartWriter, ShardSet
 from pipelines.catalog import find_sets
 from pipelines.executor import LocalExecutor
 from pipelines.progress import quiet
+from pipelines.recall import RECALL
 from pipelines.recipe import load_recipe
 from pipelines.run import Plan
 from pipelines.verify import verify
-from tests.builders import execute, rejects_of
+from tests.builders import execute, rejects_of, write_set
+from tests.pipelines.near_copies import all_lists, dedup_unit, make_world
 
 PARTWISE = ["images/web", "filtered/web", "embeddings/default/web", "duplicates/web", "clusters/web", "selection"]
 
@@ -251,6 +253,141 @@ def test_a_retrieved_image_that_is_not_kept(run_copy: Path) -> None:
     rewrite(run_copy, "retrieved/birds", part, stranger)
     forge(run_copy)
     only_damage(run_copy, "retrieved/birds", part_name(part), "images are not kept in duplicates/", "0" * 32)
+
+
+def replaced(column: str, change: Callable[[list[Any]], list[Any]]) -> Callable[[pa.Table], pa.Table]:
+    """A table with other values in a column."""
+
+    def apply(table: pa.Table) -> pa.Table:
+        at = table.schema.names.index(column)
+        field = table.schema.field(at)
+        return table.set_column(at, field, pa.array(change(table[column].to_pylist()), field.type))
+
+    return apply
+
+
+def first_as(value: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda values: [value, *values[1:]]
+
+
+FORESTS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
+    "turned": (lambda t: t.rename_columns(["b", "a", "similarity"]).select(t.schema.names), "from a lower number"),
+    "negative": (replaced("a", first_as(-1)), "1 edges name images that are none of the 45"),
+    "unknown": (replaced("b", first_as(45)), "1 edges name images that are none of the 45"),
+    "weak": (replaced("similarity", first_as(0.999)), "1 edges are not above the threshold 0.999"),
+    "not a number": (replaced("similarity", first_as(float("nan"))), "1 edges are not above the threshold 0.999"),
+    "weak first": (replaced("similarity", first_as(0.9991)), "1 edges are stronger than the one before"),
+    "one less": (lambda t: t.slice(1), "edges cannot join 45 images to the components of the verdicts"),
+    "one more": (lambda t: pa.concat_tables([t.slice(0, 1), t]), "edges cannot join 45 images to the components"),
+}
+
+
+@pytest.mark.parametrize("what", FORESTS)
+def test_a_forest_that_is_none(run_copy: Path, what: str) -> None:
+    change, message = FORESTS[what]
+    rewrite(run_copy, "forest", 0, change)
+    forge(run_copy)
+    found = problems(run_copy)
+    assert set(found) == {"forest"}
+    assert any(message in problem for problem in found["forest"]), found
+
+
+def test_edges_out_of_order_are_found_across_groups(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.verify.GROUP_ROWS", 1)
+    rewrite(run_copy, "forest", 0, replaced("similarity", first_as(0.9991)))
+    forge(run_copy)
+    only_damage(run_copy, "forest", "1 edges are stronger than the one before")
+
+
+def dedup_alone(run: Path, **changes: Any) -> dict[str, list[str]]:
+    """What is found of dedup's sets where they are all there is: pools of vectors, without what they were made of."""
+    world = make_world(run, 5)
+    (run / "embeddings").mkdir()
+    (run / "e").rename(run / "embeddings" / "e")
+    (run / "i").rename(run / "images")
+    names = {"pools": world.pools, "references": world.references}
+    places = {key: [str(run / "embeddings/e" / name) for name in sources] for key, sources in names.items()}
+    images = [str(run / "images" / name) for name in world.pools]
+    execute(dedup_unit(run, world, **places, images=images, **changes))
+    return {n: p for n, p in problems(run).items() if n.split("/")[0] in ("duplicates", "forest", "recall")}
+
+
+@pytest.mark.parametrize("changes", [{}, {"preset": "semdedup"}, {"max_component": 3}, {"join": all_lists()}])
+def test_every_way_to_dedup_stands_its_proof(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert dedup_alone(tmp_path, threshold=0.6, **changes) == {}
+    assert ShardSet(str(tmp_path / "forest")).num_rows > 10
+    assert (tmp_path / "recall").exists() == ("join" in changes)
+
+
+def test_components_cut_more_often_than_there_are_edges(tmp_path: Path) -> None:
+    """Of cut components the forest has more edges than the verdicts show, but never fewer."""
+    dedup_alone(tmp_path, threshold=0.6, max_component=3)
+    rewrite(tmp_path, "forest", 0, lambda t: t.slice(0, 2))
+    forge(tmp_path)
+    only_damage(tmp_path, "forest", "2 edges cannot join 54 images")
+
+
+def copies_named(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]], near: bool) -> None:
+    """Change a row of duplicates/web: the first that is a near-duplicate, or the first that is none."""
+
+    def apply(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        at = next(i for i, row in enumerate(rows) if (row["reason"] == "near_duplicate") == near)
+        rows[at] = rows[at] | change(rows[at])
+        return pa.Table.from_pylist(rows, table.schema)
+
+    web = ShardSet(str(run / "duplicates/web"))
+    parts = [p for p in range(web.num_parts) if "near_duplicate" in web.read(p)["reason"].to_pylist() or not near]
+    rewrite(run, "duplicates/web", parts[0], apply)
+    forge(run)
+
+
+@pytest.mark.parametrize("name", ["0" * 31 + "1", "f" * 32])
+def test_a_near_duplicate_of_an_image_that_is_nowhere(run_copy: Path, name: str) -> None:
+    copies_named(run_copy, lambda row: {"representative_id": name}, near=True)
+    message = "near-duplicates name images that do not stand for their components: the sums of ids differ"
+    assert problems(run_copy) == {"duplicates/web": [message]}
+
+
+def test_an_image_that_stays_and_is_said_to_be_a_copy(run_copy: Path) -> None:
+    copies_named(run_copy, lambda row: {"representative_id": "0" * 32}, near=False)
+    only_damage(run_copy, "duplicates/web", "1 images are no near-duplicates, but others stand for them")
+
+
+def test_a_component_said_to_be_larger_than_it_is(run_copy: Path) -> None:
+    copies_named(run_copy, lambda row: {"component_size": row["component_size"] + 1}, near=False)
+    only_damage(run_copy, "duplicates/web", "do not stand for their components")
+
+
+RECALLS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "no row": ([], "0 rows of figures, where one is needed"),
+    "two rows": ([{}, {}], "2 rows of figures, where one is needed"),
+    "above 1": ([{"recall_component": 1.01}], "recall_component is 1.01, which is no share"),
+    "below 0": ([{"recall_joined_low": -0.1}], "recall_joined_low is -0.1, which is no share"),
+    "no number": ([{"recall_component_high": float("nan")}], "recall_component_high is nan"),
+    "with lists": ([{"recall_joined_at": [0.5, 2.0]}], "recall_joined_at is 2.0, which is no share"),
+}
+
+
+@pytest.mark.parametrize("what", RECALLS)
+def test_figures_of_recall_that_are_none(run_copy: Path, what: str) -> None:
+    figures, message = RECALLS[what]
+    right = {f"recall_component{end}": 0.99 for end in ("", "_low", "_high")} | {"num_sampled": 10}
+    write_set(run_copy / "recall", "recall", [pa.Table.from_pylist([right | row for row in figures], RECALL)])
+    (problem,) = problems(run_copy)["recall"]
+    assert message in problem
+
+
+def test_figures_of_recall_in_two_parts(run_copy: Path) -> None:
+    row = pa.Table.from_pylist([{"recall_component": 1.0}], RECALL)
+    write_set(run_copy / "recall", "recall", [row, row])
+    only_damage(run_copy, "recall", "2 rows of figures, where one is needed")
+
+
+def test_figures_of_recall_with_one_row_are_well(run_copy: Path) -> None:
+    row = {"recall_component": 1.0, "recall_component_low": 0.0, "recall_joined_at": [0.0, 1.0]}
+    write_set(run_copy / "recall", "recall", [pa.Table.from_pylist([row], RECALL)])
+    assert problems(run_copy) == {}
 
 
 def test_a_stale_upstream_is_named(run_copy: Path, tiny_recipe: Path) -> None:

@@ -1,0 +1,154 @@
+"""int8 codes of vectors: what proposes pairs, with a bound on how far a proposal may be off.
+
+A vector is scaled to length 1, rotated at random (coordinates permuted, signs flipped, Hadamard transforms of blocks),
+and rounded to multiples of one constant. The rotation spreads every vector's length evenly over its coordinates,
+whatever the spectrum of the data, so that one constant suits all and integer products compare directly. Integers are
+exact: a product of codes is the same on every machine, in any order of summation.
+
+The bound is proven, not estimated. Let u, v be unit vectors after rotation (which keeps inner products), a, b their
+codes times the constant, and e = |u - a|, f = |v - b| measured while rounding. Then by Cauchy-Schwarz
+|<u, v> - <a, b>| = |<a, v - b> + <u - a, v>| <= |a| f + e |v| <= (1 + e) f + e.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from curation.hashing import keyed_hash
+from curation.scoring import Vectors, compiled, norms, readable, widen
+
+Int8 = npt.NDArray[np.int8]
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+RANGE = 4.0
+"""Coordinates of a rotated unit vector are about normal with deviation d ** -0.5; codes reach this many deviations."""
+SLACK = 1e-5
+"""Room for rounding around the bound: the score's to float32, the cutoff's, and those of the rotation in float64."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes of n vectors.
+
+    Attributes:
+        values: int8 [n, k], k = d rounded up to a multiple of 8 (GPUs multiply no other lengths); the rest is zero.
+        error: float32 [n], at least the distance between the rotated unit vector and `scale` * `values`.
+        scale: the constant, the same for all vectors of one dimension.
+    """
+
+    values: Int8
+    error: Float32
+    scale: float
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, rows: npt.NDArray[np.integer] | slice) -> "Codes":
+        """The codes of some rows: copies for an array of rows, views for a slice."""
+        values = self.values[rows] if isinstance(rows, slice) else self.values.take(rows, axis=0)
+        return Codes(values, self.error[rows], self.scale)
+
+
+@functools.cache
+def _rotation(dim: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], int]:
+    """The permutation, the signs, and the length of the blocks: the largest power of two that divides `dim`."""
+    words = np.zeros((dim, 2), dtype=np.uint64)
+    words[:, 1] = np.arange(dim)
+    order = np.argsort(keyed_hash(0, "rotation order", words), kind="stable")
+    block = dim & -dim
+    signs = np.where(keyed_hash(0, "rotation signs", words) >> np.uint64(63), 1.0, -1.0) / np.sqrt(block)
+    return order, signs, block
+
+
+LANES = 8
+"""Rows that are rotated side by side: one instruction serves all of them."""
+
+
+@compiled
+def _encode_loop(
+    x: npt.NDArray[Any],
+    norm: npt.NDArray[np.float64],
+    order: npt.NDArray[np.int64],
+    signs: npt.NDArray[np.float64],
+    block: int,
+    scale: float,
+    values: Int8,
+    error: Float32,
+) -> None:
+    count, dim = x.shape
+    bits = np.empty(dim, np.int32)
+    raw = np.empty(dim, np.float64)
+    rows = np.zeros((dim, LANES), np.float64)
+    for first in range(0, count, LANES):
+        lanes = min(LANES, count - first)
+        for lane in range(lanes):
+            n = first + lane
+            widen(x[n], bits, raw)
+            inverse = 1.0 / norm[n] if norm[n] > 0.0 else 0.0
+            for t in range(dim):
+                rows[t, lane] = raw[order[t]] * signs[t] * inverse
+        half = 1
+        while half < block:
+            for start in range(0, dim, 2 * half):
+                for t in range(start, start + half):
+                    for lane in range(LANES):
+                        a, b = rows[t, lane], rows[t + half, lane]
+                        rows[t, lane], rows[t + half, lane] = a + b, a - b
+            half *= 2
+        for lane in range(lanes):
+            n, squares = first + lane, 0.0
+            for t in range(dim):
+                bounded = min(max(rows[t, lane] / scale, -127.0), 127.0)
+                rounded = np.int32(bounded + 128.5) - np.int32(128)
+                values[n, t] = rounded
+                raw[t] = rows[t, lane] - rounded * scale
+            for t in range(dim):
+                squares += raw[t] * raw[t]
+            error[n] = np.sqrt(squares) * (1.0 + 1e-6)
+
+
+def encode(x: Vectors) -> Codes:
+    """Codes of the rows of `x` [n, d]; zero vectors get zero codes and no error.
+
+    Holds 8 bytes a row besides the result. Raises LvdError where a row is not finite.
+    """
+    dim = x.shape[1]
+    order, signs, block = _rotation(dim)
+    scale = RANGE / (127.0 * np.sqrt(dim))
+    values = np.zeros((len(x), -(-dim // 8) * 8), dtype=np.int8)
+    error = np.zeros(len(x), dtype=np.float32)
+    _encode_loop(readable(x), norms(x), order, signs, block, scale, values, error)
+    return Codes(values, error, scale)
+
+
+def cutoffs(score: float | Float32, codes: Codes) -> Int32:
+    """What a pair's product, with the `allowances` of the other vector added, must reach if its score is `score`.
+
+    Args:
+        score: one for all rows, or float32 [n].
+        codes: of the rows.
+
+    Returns:
+        int32 [n].
+    """
+    least = np.asarray(score, dtype=np.float64) - codes.error - SLACK
+    return np.clip(np.floor(least / codes.scale**2), -(2**30), 2**30).astype(np.int32)
+
+
+def allowances(codes: Codes, other: float) -> Int32:
+    """The part of the bound that belongs to these vectors, in units of products, int32 [n].
+
+    `other` is the largest error of the vectors they are compared with.
+    """
+    return np.ceil((1.0 + other) * codes.error.astype(np.float64) / codes.scale**2).astype(np.int32)
+
+
+def at_most(product: Int32, error: Float32, other: Float32, scale: float) -> Float32:
+    """The highest score that pairs with these products of codes and these errors can have, float32 [m]."""
+    margin = error + other + error * other + np.float32(2 * SLACK)
+    bound: Float32 = product.astype(np.float32) * np.float32(scale**2) + margin
+    return bound

@@ -1,0 +1,295 @@
+"""Coarse quantizer of two levels: coarse cells, lists within them, and the lists nearest to a vector.
+
+Lists place vectors for the partitioned join. k-means fits them (`clustering.fit_kmeans`), and products of codes
+(`codes.encode`) rank them: integers only, so a vector has the same lists on every machine. All vectors of a dimension
+share one scale, so that products rank as the cosines of their codes do.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from curation.clustering import fit_kmeans
+from curation.codes import Codes, encode
+from curation.errors import ConfigError
+from curation.hashing import keyed_hash
+from curation.products import Multiplier
+from curation.scoring import Vectors, compiled, norms
+
+Int8 = npt.NDArray[np.int8]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+POINTS_PER_COARSE = 64
+"""Sampled vectors per coarse centroid: more do not make better cells."""
+
+COARSE_BLOCK = 2_048
+"""Rows that are ranked against all coarse cells at a time."""
+FINE_BLOCK = 8192
+"""Rows that are grouped by coarse cell at a time: their codes stay in a processor's cache while cells gather them."""
+TAKEN = 2_048
+"""Rows of a cell that are gathered at a time."""
+
+NOTHING = np.int32(-(2**31))
+"""Less than any product."""
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Centroids of k1 coarse cells and of the C lists within them.
+
+    Attributes:
+        coarse: float32 [k1, d], unit length.
+        fine: float32 [C, d], unit length; fine[starts[c] : starts[c + 1]] lie in coarse cell c.
+        starts: int64 [k1 + 1], increasing: every cell has a list.
+    """
+
+    coarse: Float32
+    fine: Float32
+    starts: Int64
+
+    @cached_property
+    def coarse_codes(self) -> Int8:
+        """Codes of `coarse`, int8 [k1, k]."""
+        return encode(self.coarse).values
+
+    @cached_property
+    def fine_codes(self) -> Int8:
+        """Codes of `fine`, int8 [C, k]."""
+        return encode(self.fine).values
+
+
+def fit_quantizer(
+    sample: Vectors, num_lists: int, *, num_coarse: int | None = None, iterations: int = 4, seed: int, threads: int
+) -> Quantizer:
+    """Fit coarse cells on a subsample, then lists within each cell on the sampled vectors nearest to it.
+
+    Lists are shared out in proportion to the vectors of a cell; a cell without any keeps its centroid as its one list.
+    The same for the same arguments and matrix kernel. Holds the sample twice and its codes.
+
+    Args:
+        sample: stored vectors [n, d]; vectors of length zero are left out.
+        num_lists: C, at most the number of vectors with a direction.
+        num_coarse: k1, at most C; by default the power of two nearest to 2 sqrt(C) by ratio.
+        iterations: of k-means, on both levels.
+        seed: of the subsample and of k-means.
+        threads: FAISS uses as many for the coarse cells; as many cells are then fitted at once, each by one thread.
+
+    Raises:
+        ConfigError: fewer vectors than lists, or fewer lists than coarse cells.
+    """
+    points: Vectors = sample[norms(sample) > 0]
+    num_coarse = default_num_coarse(num_lists) if num_coarse is None else num_coarse
+    if len(points) < num_lists:
+        raise ConfigError(
+            f"a quantizer of {num_lists:,} lists needs as many vectors, but the sample has {len(points):,} usable "
+            "ones: set fewer lists or a larger sample"
+        )
+    if not 1 <= num_coarse <= num_lists:
+        raise ConfigError(f"{num_lists:,} lists cannot lie in {num_coarse:,} coarse cells: set between 1 and as many")
+    some = _draw(len(points), num_coarse * POINTS_PER_COARSE, seed)
+    coarse = fit_kmeans(points[some], num_coarse, iterations=iterations, seed=seed, threads=threads)
+    starts, fine = _fit_lists(points, coarse, num_lists, iterations, seed, threads)
+    return Quantizer(coarse, fine, starts)
+
+
+def default_num_coarse(num_lists: int) -> int:
+    """The power of two nearest to 2 sqrt(num_lists) by ratio, at most num_lists."""
+    return min(num_lists, 2 ** round(1 + np.log2(num_lists) / 2)) if num_lists > 0 else 0
+
+
+def _draw(num_rows: int, wanted: int, seed: int) -> Int64:
+    """`wanted` rows, or all, by lowest keyed hash; int64, increasing."""
+    words = np.zeros((num_rows, 2), dtype=np.uint64)
+    words[:, 1] = np.arange(num_rows)
+    return np.sort(np.argsort(keyed_hash(seed, "coarse cells", words), kind="stable")[:wanted])
+
+
+def _fit_lists(
+    points: Vectors, coarse: Float32, num_lists: int, iterations: int, seed: int, threads: int
+) -> tuple[Int64, Float32]:
+    """`starts` and `fine` of a Quantizer."""
+    cell = _nearest_cells(encode(points).values, encode(coarse).values, 1, Multiplier())[:, 0]
+    size = np.bincount(cell, minlength=len(coarse))
+    rows = np.split(np.argsort(cell, kind="stable"), np.cumsum(size)[:-1])
+    shares = share_lists(size, num_lists)
+
+    def fit(c: int) -> Float32:
+        if not size[c]:
+            return coarse[c : c + 1]
+        return fit_kmeans(points[rows[c]], int(shares[c]), iterations=iterations, seed=seed, threads=1)
+
+    # FAISS's number of threads is a setting of the calling thread: in a pool it does not reach the caller's.
+    with ThreadPoolExecutor(threads) as pool:
+        fine = np.concatenate(list(pool.map(fit, range(len(coarse)))))
+    return np.concatenate(([0], np.cumsum(shares))), fine
+
+
+def share_lists(size: Int64, num_lists: int) -> Int64:
+    """Lists of each cell, int64 [k1]: in proportion to `size`, at least 1, at most max(1, size); largest remainder.
+
+    They add up to `num_lists`, which lies between k1 and the sum of max(1, size).
+    """
+    most = np.maximum(size, 1)
+    low, high = 0.0, 1.0  # lists per vector: at `high` every cell has all that it can
+    for _ in range(64):
+        middle = (low + high) / 2
+        if np.clip(size * middle, 1, most).sum() <= num_lists:
+            low = middle
+        else:
+            high = middle
+    quota = np.clip(size * high, 1, most)
+    shares: Int64 = np.floor(quota).astype(np.int64)
+    missing = num_lists - int(shares.sum())
+    shares[np.argsort(shares - quota, kind="stable")[:missing]] += 1
+    return shares
+
+
+def nearest_lists(codes: Codes, quantizer: Quantizer, m: int, probes: int | None = None, device: str = "cpu") -> Int32:
+    """The m lists nearest to each vector, of those in the `probes` coarse cells nearest to it.
+
+    Both are ranked by product of codes, ties by lowest number. Takes one thread beside torch's. Holds 4 m bytes a row,
+    and for each of FINE_BLOCK rows 4 bytes for each list looked at.
+
+    Args:
+        codes: of n vectors.
+        quantizer: of vectors of the same dimension.
+        m: lists per vector.
+        probes: from 1 to k1, which searches all lists; by default k1 / 8.
+        device: that multiplies.
+
+    Returns:
+        int32 [n, m], best first; -1 where fewer than m lists were searched.
+    """
+    num_coarse = len(quantizer.coarse)
+    probes = max(1, num_coarse // 8) if probes is None else min(probes, num_coarse)
+    lists = np.full((len(codes), m), -1, dtype=np.int32)
+    multiplier = Multiplier(device)
+    for start in range(0, len(codes), FINE_BLOCK):
+        block = slice(start, start + FINE_BLOCK)
+        _rank_block(codes.values[block], quantizer, probes, multiplier, lists[block])
+    return lists
+
+
+def _rank_block(values: Int8, quantizer: Quantizer, probes: int, multiplier: Multiplier, lists: Int32) -> None:
+    """`nearest_lists` of one block of codes; `lists` holds -1 and receives the result."""
+    cells = np.sort(_nearest_cells(values, quantizer.coarse_codes, probes, multiplier), axis=1)
+    sizes = np.diff(quantizer.starts)
+    ends = np.cumsum(sizes[cells], axis=1)
+    room = np.empty((len(values), int(ends[:, -1].max(initial=0))), dtype=np.int32)
+    taken_room = np.empty((TAKEN, values.shape[1]), dtype=np.int8)
+    filled = np.zeros(len(values), dtype=np.int64)
+    for c, rows in _group(cells, len(quantizer.coarse)):
+        # Without bounds checks and into memory that is in the cache, several times faster than values[rows].
+        taken = np.take(values, rows, axis=0, out=taken_room[: len(rows)], mode="clip")
+        fine = quantizer.fine_codes[quantizer.starts[c] : quantizer.starts[c + 1]]
+        _place_loop(rows, multiplier.products(taken, fine), filled, room)
+    _name_loop(_top_columns(room, filled, lists.shape[1]), cells, ends, quantizer.starts, lists)
+
+
+def _nearest_cells(values: Int8, coarse: Int8, probes: int, multiplier: Multiplier) -> Int32:
+    """The `probes` nearest coarse cells of each code, int32 [n, probes], nearest first."""
+    cells = np.empty((len(values), probes), dtype=np.int32)
+    for start in range(0, len(values), COARSE_BLOCK):
+        block = slice(start, start + COARSE_BLOCK)
+        product = multiplier.products(values[block], coarse)
+        cells[block] = _top_columns(product, np.full(len(product), len(coarse)), probes)
+    return cells
+
+
+def _top_columns(values: Int32, widths: Int64, m: int) -> Int32:
+    """The m largest of the first widths[r] values of each row r: columns, int32 [n, m], by (value descending, column).
+
+    -1 where a row has fewer.
+    """
+    columns = np.full((len(values), m), -1, dtype=np.int32)
+    lanes = max(64, 2 ** (2 * m - 1).bit_length())
+    _top_loop(values, widths, lanes, columns)
+    return columns
+
+
+def _group(cells: Int32, num_cells: int) -> Iterator[tuple[int, Int32]]:
+    """Each cell that some row has, with its rows, int32 and increasing, at most TAKEN at a time."""
+    ends = np.cumsum(np.bincount(cells.reshape(-1), minlength=num_cells))
+    starts = np.concatenate(([0], ends[:-1]))
+    rows = np.empty(cells.size, dtype=np.int32)
+    _group_loop(cells, starts.copy(), rows)
+    for c in range(num_cells):
+        for start in range(starts[c], ends[c], TAKEN):
+            yield c, rows[start : min(start + TAKEN, ends[c])]
+
+
+@compiled
+def _top_loop(values: Int32, widths: Int64, lanes: int, columns: Int32) -> None:
+    """Values fall into lanes; the m-th largest of the lanes' maxima bounds the m-th largest value from below."""
+    m = columns.shape[1]
+    best = np.empty(lanes, np.int32)
+    found_value, found_column = np.empty(values.shape[1], np.int32), np.empty(values.shape[1], np.int32)
+    for row in range(values.shape[0]):
+        width = widths[row]
+        line = values[row, :width]
+        best[:] = NOTHING
+        for start in range(0, width, lanes):
+            piece = line[start : start + lanes]
+            for lane in range(piece.shape[0]):
+                best[lane] = max(best[lane], piece[lane])
+        low, high = np.int64(NOTHING), np.int64(2**31)
+        while high - low > 1:
+            middle = (low + high) // 2
+            reached = 0
+            for lane in range(lanes):
+                reached += best[lane] >= middle
+            if reached >= m:
+                low = middle
+            else:
+                high = middle
+        count = 0
+        for column in range(width):
+            if line[column] >= low:
+                found_value[count], found_column[count] = line[column], column
+                count += 1
+        for t in range(count):
+            value, at = found_value[t], min(t, m)
+            if at == m and value <= found_value[m - 1]:
+                continue
+            column = found_column[t]
+            at = min(at, m - 1)
+            while at > 0 and value > found_value[at - 1]:
+                found_value[at], found_column[at] = found_value[at - 1], found_column[at - 1]
+                at -= 1
+            found_value[at], found_column[at] = value, column
+        for k in range(min(count, m)):
+            columns[row, k] = found_column[k]
+
+
+@compiled
+def _group_loop(cells: Int32, place: Int64, rows: Int32) -> None:
+    """Counting sort: `place` is where the next row of each cell goes."""
+    for row in range(cells.shape[0]):
+        for c in cells[row]:
+            rows[place[c]] = row
+            place[c] += 1
+
+
+@compiled
+def _place_loop(rows: Int32, product: Int32, filled: Int64, room: Int32) -> None:
+    """Append line i of `product` to row rows[i] of `room`, of which `filled` is taken."""
+    for i in range(rows.shape[0]):
+        at = filled[rows[i]]
+        room[rows[i], at : at + product.shape[1]] = product[i]
+        filled[rows[i]] = at + product.shape[1]
+
+
+@compiled
+def _name_loop(columns: Int32, cells: Int32, ends: Int64, starts: Int64, lists: Int32) -> None:
+    """Lists by their columns: a row's columns are the lists of its cells, one cell after the other."""
+    for row in range(columns.shape[0]):
+        for k in range(columns.shape[1]):
+            if columns[row, k] >= 0:
+                probe = np.searchsorted(ends[row], columns[row, k], side="right")
+                lists[row, k] = starts[cells[row, probe] + 1] - (ends[row, probe] - columns[row, k])

@@ -1,0 +1,236 @@
+"""Steps of the partitioned join: vectors meet only inside the lists of quantizers.
+
+1. `quantizers`: part r fits quantizer r on the sample.
+2. `lists`: under each quantizer the m nearest lists of each vector, best first. A vector is stored in the nearest and
+   compared with all that is stored in any of them.
+3. `layout`: part r arranges the lists of quantizer r in partitions of bounded size, near lists together.
+4. `scatter`, for each quantizer where one partition is not enough: every vector goes once to each partition that it is
+   wanted in.
+
+`pipelines.partition` then joins within each partition. Misses of independent quantizers multiply. 1 holds the sample,
+2 and 4 one block, 3 two numbers a list. Time of 2 grows with vectors times centroids looked at.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from curation.codes import encode
+from curation.hubs import balls
+from curation.layout import Layout, destinations, plan_layout
+from curation.partwise import fixed_size_lists, matrix
+from curation.products import Multiplier
+from curation.quantizer import Quantizer, fit_quantizer, nearest_lists
+from curation.scoring import norms
+from curation.shards import GROUP_ROWS, PartWriter, ShardSet
+from pipelines.executor import Needs
+from pipelines.join import Keep, on_device, read_sample
+from pipelines.nodes import Nodes
+from pipelines.unit import Step
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+Float16 = npt.NDArray[np.float16]
+
+LIST_ROWS = 65_536
+"""Nodes of a block that is given lists, or scattered, at a time."""
+LAYOUT_SAMPLE = 65_536
+"""Nodes whose lists tell how vectors spread over partitions."""
+LISTS_RANKED = 4
+"""At least so many lists are ranked for each one that is joined: small quantizers have few in an eighth of their cells.
+All are where all are joined."""
+
+
+def _lists_type(count: int) -> pa.DataType:
+    return pa.list_(pa.field("item", pa.int32(), nullable=False), count)
+
+
+@dataclass
+class QuantizersStep(Step):
+    """Part r: the centroids of quantizer r; coarse cells first (no `cell`), then lists, each with its cell.
+
+    Members of hubs are left out of the sample, or most lists would lie in one hub; so are lists beyond what is left.
+    """
+
+    sample: str
+    num_lists: int
+    quantizers: int
+    seed: int
+    hubs: str | None = None
+
+    def schema(self) -> pa.Schema:
+        dim = matrix(ShardSet(self.sample).read_rows(0, 0, 1)).shape[1]
+        item = pa.field("item", pa.float32(), nullable=False)
+        return pa.schema([("cell", pa.int32()), ("centroid", pa.list_(item, dim))])
+
+    def num_parts(self) -> int:
+        return self.quantizers
+
+    def write_part(self, part: int, writer: PartWriter) -> None:
+        _, values = read_sample(self.sample)
+        if self.hubs is not None:
+            _, centers = read_sample(self.hubs)
+            values = np.concatenate([values[balls(values, centers, Multiplier())[0] < 0], centers])
+            values = values[norms(values) > 0]
+        num_lists = min(self.num_lists, max(1, len(values)))
+        found = fit_quantizer(values, num_lists, seed=self.seed + part, threads=1)
+        schema = self.schema()
+        cells = np.repeat(np.arange(len(found.coarse), dtype=np.int32), np.diff(found.starts))
+        for cell, centroids in ((pa.nulls(len(found.coarse), pa.int32()), found.coarse), (pa.array(cells), found.fine)):
+            columns = [cell, fixed_size_lists(centroids, schema.field("centroid").type)]
+            writer.write(pa.table(columns, schema=schema), GROUP_ROWS)
+
+
+def read_quantizer(uri: str, number: int) -> Quantizer:
+    """Quantizer `number` of a set that `QuantizersStep` made."""
+    table = ShardSet(uri).read(number)
+    centroids = matrix(table, "centroid")
+    num_coarse = table["cell"].null_count
+    cells = table["cell"].slice(num_coarse).to_numpy()
+    starts = np.searchsorted(cells, np.arange(num_coarse + 1))
+    return Quantizer(centroids[:num_coarse], centroids[num_coarse:], starts)
+
+
+@dataclass
+class ListsStep(Step):
+    """One row a node, those that take no part included (all lists -1): its lists under each quantizer, best first."""
+
+    nodes: Nodes
+    quantizers: str
+    lists_joined: int
+    device: str = "cpu"
+
+    @property
+    def needs(self) -> Needs:
+        return on_device(self.device)
+
+    def _width(self) -> int:
+        return ShardSet(self.quantizers).num_parts * self.lists_joined
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([("lists", _lists_type(self._width()))])
+
+    def num_parts(self) -> int:
+        return -(-len(self.nodes) // LIST_ROWS)
+
+    def write_part(self, part: int, writer: PartWriter) -> None:
+        start, stop = part * LIST_ROWS, min((part + 1) * LIST_ROWS, len(self.nodes))
+        numbers, values = self.nodes.read(start, stop)
+        codes = encode(values)
+        lists = np.full((stop - start, self._width()), -1, np.int32)
+        for number in range(ShardSet(self.quantizers).num_parts):
+            quantizer = read_quantizer(self.quantizers, number)
+            probes = _probes(quantizer, self.lists_joined)
+            near = nearest_lists(codes, quantizer, self.lists_joined, probes, self.device)
+            lists[numbers - start, number * self.lists_joined : (number + 1) * self.lists_joined] = near
+        writer.write(pa.table([fixed_size_lists(lists, self.schema().field("lists").type)], schema=self.schema()))
+
+
+def _probes(quantizer: Quantizer, lists_joined: int) -> int:
+    """Coarse cells whose lists are ranked."""
+    num_coarse = len(quantizer.coarse)
+    enough = -(-LISTS_RANKED * lists_joined * num_coarse // len(quantizer.fine))
+    return min(num_coarse, max(1, num_coarse // 8, enough))
+
+
+def read_lists(uri: str, part: int, number: int, lists_joined: int) -> Int32:
+    """Lists under quantizer `number` of the nodes of a block, int32 [rows, lists_joined]."""
+    lists: Int32 = matrix(ShardSet(uri).read(part, ["lists"]), "lists")
+    return lists[:, number * lists_joined : (number + 1) * lists_joined]
+
+
+@dataclass
+class LayoutStep(Step):
+    """Part r: of each list of quantizer r the partitions of its cells."""
+
+    nodes: Nodes
+    quantizers: str
+    lists: str
+    lists_joined: int
+    partition_rows: int
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([("partitions", pa.list_(pa.int32()))])
+
+    def num_parts(self) -> int:
+        return ShardSet(self.quantizers).num_parts
+
+    def write_part(self, part: int, writer: PartWriter) -> None:
+        quantizer = read_quantizer(self.quantizers, part)
+        stored = np.zeros(len(quantizer.fine), np.int64)
+        sample, total = [], 0
+        every = -(-len(self.nodes) // LAYOUT_SAMPLE)
+        for block in range(ShardSet(self.lists).num_parts):
+            lists = read_lists(self.lists, block, part, self.lists_joined)
+            lists = lists[lists[:, 0] >= 0]
+            stored += np.bincount(lists[:, 0], minlength=len(stored))
+            sample.append(lists[::every])
+            total += len(lists)
+        found = plan_layout(quantizer, stored, np.concatenate(sample), total, self.partition_rows)
+        offsets = np.concatenate([[0], np.cumsum(found.num_cells)])
+        # Cells of a list follow one another, lists do not: gather each list's cells.
+        cells = np.repeat(found.first_cell - offsets[:-1], found.num_cells) + np.arange(offsets[-1])
+        column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(found.partition[cells]))
+        writer.write(pa.table([column], schema=self.schema()), GROUP_ROWS)
+
+
+def read_layout(uri: str, number: int) -> Layout:
+    """The layout of quantizer `number`, its cells numbered list by list."""
+    column = ShardSet(uri).read(number)["partitions"].combine_chunks()
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    partition: Int32 = column.values.to_numpy()
+    return Layout(offsets[:-1], np.diff(offsets), partition, int(partition.max(initial=-1)) + 1)
+
+
+@dataclass
+class ScatterStep(Step):
+    """Part k: the vectors of block k, once for each partition of one quantizer that they are wanted in."""
+
+    nodes: Nodes
+    lists: str
+    layout: str
+    number: int
+    lists_joined: int
+    keep_of: Keep
+
+    def schema(self) -> pa.Schema:
+        return pa.schema(
+            [
+                ("number", pa.int64()),
+                ("vector", pa.binary(2 * self.nodes.vectors.dim)),
+                ("lists", _lists_type(self.lists_joined)),
+            ]
+        )
+
+    def num_parts(self) -> int:
+        return ShardSet(self.lists).num_parts
+
+    def write_part(self, part: int, writer: PartWriter) -> None:
+        numbers, values, lists = read_block(
+            self.nodes, self.lists, part, [self.number], self.lists_joined, self.keep_of
+        )
+        rows, partitions = destinations(lists, read_layout(self.layout, self.number))
+        plain = pa.py_buffer(np.ascontiguousarray(values[rows]))
+        kind = self.schema().field("vector").type
+        vectors = pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, plain])
+        columns = [pa.array(numbers[rows]), vectors, fixed_size_lists(lists[rows], _lists_type(self.lists_joined))]
+        writer.write_buckets(pa.table(columns, schema=self.schema()), partitions.astype(np.int64))
+
+
+def read_block(
+    nodes: Nodes, lists_uri: str, block: int, quantizers: list[int], lists_joined: int, keep: Keep
+) -> tuple[Int64, Float16, Int32]:
+    """Numbers, vectors and lists under some quantizers, int32 [n, quantizers * m], of the block's nodes that take part.
+
+    Where only images are compared with references, references are stored and visit no list but their own.
+    """
+    start, stop = block * LIST_ROWS, min((block + 1) * LIST_ROWS, len(nodes))
+    numbers, values = nodes.read(start, stop)
+    held = matrix(ShardSet(lists_uri).read(block, ["lists"]), "lists")
+    columns = np.concatenate([np.arange(q * lists_joined, (q + 1) * lists_joined) for q in quantizers])
+    lists: Int32 = held[np.ix_(numbers - start, columns)]
+    if keep == "best":
+        lists[np.ix_(numbers >= nodes.num_pool, np.arange(lists.shape[1]) % lists_joined != 0)] = -1
+    return numbers, values, lists
