@@ -45,10 +45,10 @@ def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:
     """The engine for so many vectors of so many numbers. Raises ConfigError where there are too many for it."""
     name = settings.engine
     seconds = num_nodes**2 * dim / OPERATIONS_PER_SECOND
-    told = f"{num_nodes:,} vectors (comparing all would take one core about {_time(seconds)}"
+    told = f"{num_nodes:,} vectors (all pairs take one core about {_time(seconds)}"
     if name == "auto":
         name = "exact" if num_nodes <= EXACT_UP_TO else "partitioned"
-        told += f", which is done up to {EXACT_UP_TO:,}"
+        told += f"; auto joins exactly up to {EXACT_UP_TO:,} vectors"
     told += ")"
     if name == "exact":
         if num_nodes > EXACT_AT_MOST:
@@ -80,7 +80,7 @@ def _time(seconds: float) -> str:
     for unit, size in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
-    return f"{math.ceil(seconds)} seconds"
+    return "a second" if seconds <= 1 else f"{math.ceil(seconds)} seconds"
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,10 @@ def test_single_stages_give_what_the_recipe_gives(
         "--reference",
         *at("embeddings/default/bench"),
         *thresholds,
+        "--seed",
+        "7",
+        "--forest",
+        *at("forest"),
         "--out",
         *at("duplicates"),
     )

@@ -8,7 +8,7 @@ from world import RECIPE, World, call, contents, finished
 
 SOURCES = {name: source for name, source in RECIPE["sources"].items() if name != "web"}
 PARTS = [{"as_is": "birds"}, {"retrieved": "birds", "mode": "sample", "k": 3}, {"balanced": "pool", "target": 20}]
-GLOBAL = ("duplicates", "centroids", "clusters", "retrieved", "selection", "shards")
+GLOBAL = ("duplicates", "forest", "recall", "centroids", "clusters", "retrieved", "selection", "shards")
 
 
 @pytest.fixture(scope="module")
