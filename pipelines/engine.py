@@ -18,11 +18,11 @@ from pipelines.recipe import JoinSettings
 from pipelines.unit import Step
 
 EXACT_UP_TO = 1_000_000
-"""Nodes up to which `auto` joins exactly: the time is a quarter of an hour of one core at most, at dimension 512."""
+"""Nodes up to which `auto` joins exactly: at dimension 512 that is less than half an hour of one core."""
 EXACT_AT_MOST = 16_000_000
 """Nodes that the exact engine takes: its forest holds 128 bytes a node in every worker."""
-OPERATIONS_PER_SECOND = 6.5e11
-"""int8 operations of one core with VNNI, as docs/benchmarks.md has them; for the estimate that is told."""
+OPERATIONS_PER_SECOND = 3.8e11
+"""Of one core: n**2 d over the CPU seconds of the exact join of 200,000 vectors (docs/benchmarks.md)."""
 VECTORS_PER_LIST = 64
 POINTS_PER_LIST = 10
 MAX_LISTS = 65_536

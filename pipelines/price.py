@@ -1,8 +1,8 @@
 """What dedup of so many vectors would cost, in operations, hours, bytes and memory: arithmetic, nothing is run.
 
 Operations are those on int8: a product of two vectors of d numbers is 2 d. Of the two rates that turn them into hours,
-the core's was measured on large blocks, the accelerator's is an assumption. Priced are the pools among themselves; what
-they and the references cost in the relative step is of the same kind, and less, since only representatives take part.
+the core's is that of a whole exact join (docs/benchmarks.md), the accelerator's is an assumption. Priced are the pools
+among themselves; what they and the references cost in the relative step is of the same kind, and less, since only representatives take part.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from pipelines.stats import Table
 
 ACCELERATOR_OPERATIONS_PER_SECOND = 5e14
 """Of one data-center accelerator, sustained: an assumption."""
-COPIES = 3
+COPIES = 10
 """Partitions that a vector travels to under one quantizer: an assumption, since it depends on the vectors."""
-PARTITION_BYTES = 6
-"""A worker's memory for each number of a vector of its partition: about 3 kB a vector of 512, as measured."""
+PARTITION_BYTES = 8
+"""A worker's memory for each number of a vector of its partition: about 4 kB a vector of 512 (docs/benchmarks.md)."""
 EXACT_NODE_BYTES, IMAGE_BYTES = 128, 110
 """Bytes an image: of the forest in each worker of the exact join; of the one task that finds components."""
 
@@ -94,7 +94,7 @@ def price_tables(settings: DedupSettings, num_images: int, dim: int) -> list[Tab
     rates: list[list[str]] = [
         ["images", f"{num_images:,}", "rows at most, as long as they are not embedded"],
         ["numbers of a vector", str(dim), "512, as long as images are not embedded"],
-        ["int8 operations a second, one core", f"{OPERATIONS_PER_SECOND:.2g}", "measured on large blocks"],
+        ["int8 operations a second, one core", f"{OPERATIONS_PER_SECOND:.2g}", "measured, a whole exact join"],
         ["int8 operations a second, one accelerator", f"{ACCELERATOR_OPERATIONS_PER_SECOND:.2g}", "assumed"],
         ["partitions that a vector travels to", str(COPIES), "assumed"],
     ]

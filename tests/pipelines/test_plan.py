@@ -132,15 +132,15 @@ def test_dedup_is_priced_by_the_products_that_it_takes() -> None:
     assert costs["partitioned joins"].operations == 3200 * 2 * (2 * 3200 / 16) * 20
     assert costs["partitioned recall"].operations == 50 * 3200 * 20
     assert costs["partitioned scatter"].moved == 3200 * 2 * 2 * 20  # two lists lie in two partitions at most
-    assert costs["partitioned joins"].held == 1000 * 60
+    assert costs["partitioned joins"].held == 1000 * 80
     assert costs["any components"].held == 3200 * 110
     assert costs["exact join"].held == 2 * 3200 * 30 + 3200 * 128
 
 
-def test_many_lists_joined_travel_three_times_and_small_sets_not_at_all() -> None:
-    assert priced(DedupSettings(), 2_000_000)["partitioned scatter"].moved == 2_000_000 * 4 * 3 * 1024
+def test_many_lists_joined_travel_ten_times_and_small_sets_not_at_all() -> None:
+    assert priced(DedupSettings(), 2_000_000)["partitioned scatter"].moved == 2_000_000 * 4 * 10 * 1024
     assert priced(DedupSettings(), 1_000_000)["partitioned scatter"].moved == 0
-    assert priced(DedupSettings(), 100_000)["partitioned joins"].held == 100_000 * 6 * 512
+    assert priced(DedupSettings(), 100_000)["partitioned joins"].held == 100_000 * 8 * 512
 
 
 def test_semdedup_is_priced_within_its_clusters() -> None:
@@ -166,10 +166,10 @@ def test_the_engine_that_a_recipe_takes_is_marked(num_images: int, engine: Any, 
 def test_the_papers_pool_is_priced_at_the_stated_rates() -> None:
     tables = {table.title: table for table in plan_tables(load_recipe("lvd142m"), None)}
     rows = {(row[0], row[1]): row[2:] for row in tables["Cost of dedup"].rows}
-    assert rows["exact (too many)", "join"][:3] == ["8.7e+20", "369,778", "481"]  # 1.3e9 squared times 512
-    assert rows["partitioned (chosen)", "lists"][:2] == ["4.6e+16", "20"]  # an eighth of 65,536 lists is ranked
-    assert rows["partitioned (chosen)", "joins"] == ["3.4e+18", "1,444", "1.9", None, "3.1 GB"]
-    assert rows["partitioned (chosen)", "scatter"][3] == "16.0 TB"
+    assert rows["exact (too many)", "join"][:3] == ["8.7e+20", "632,515", "481"]  # 1.3e9 squared times 512
+    assert rows["partitioned (chosen)", "lists"][:2] == ["4.6e+16", "34"]  # an eighth of 65,536 lists is ranked
+    assert rows["partitioned (chosen)", "joins"] == ["3.4e+18", "2,471", "1.9", None, "4.1 GB"]
+    assert rows["partitioned (chosen)", "scatter"][3] == "53.2 TB"
     assert tables["What the cost of dedup rests on"].rows[0][1] == "1,300,000,000"
 
 
