@@ -38,24 +38,25 @@ from pipelines.unit import Unit, run_unit
 from pipelines.vectors import Vectors
 
 THRESHOLD = 0.6
-JOIN = ("sample", "hubs", "quantizers", "lists", "layout", "scatter", "pairs", "index")
+JOIN = ("sample", "hubs", "quantizers", "lists", "flat", "leads", "layout", "scatter", "pairs", "index")
 
 
 class Recorder(Progress):
     """Times steps instead of drawing them: (name, parts, wall seconds, CPU seconds) each."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: PeakMemory) -> None:
         super().__init__()
+        self._watch = watch
         self.steps: list[tuple[str, int, float, float]] = []
 
     def begin(self, title: str, parts: int, done: int) -> None:
         super().begin(title, parts, done)
-        self._at = time.perf_counter(), cpu_seconds()
+        self._at = time.perf_counter(), self._watch.cpu_seconds()
         self._step = title.partition(": ")[2] or title, parts
 
     def end(self) -> None:
         super().end()
-        wall, cpu = time.perf_counter() - self._at[0], cpu_seconds() - self._at[1]
+        wall, cpu = time.perf_counter() - self._at[0], self._watch.cpu_seconds() - self._at[1]
         self.steps.append((*self._step, wall, cpu))
         print(f"  {self._step[0]:<18} {self._step[1]:>4} parts {wall:>9.1f} s wall {cpu:>9.1f} s CPU", flush=True)
 
@@ -67,9 +68,9 @@ def run_stage(arguments: argparse.Namespace, embeddings: str, images: str, out: 
     settings = DedupSettings(
         threshold=THRESHOLD, join=JoinSettings(engine=arguments.engine, min_recall=0, index=arguments.index, **chosen)
     )
-    recorder = Recorder()
     unit: Unit = DedupUnit([embeddings], [images], [], settings, 0, out, f"{out}-forest", f"{out}-recall")
     with PeakMemory() as memory:
+        recorder = Recorder(memory)
         run_unit(unit, executor, recorder)
     join_steps = [step for step in recorder.steps if step[0].split()[0] in JOIN]
     wall, cpu = sum(step[2] for step in join_steps), sum(step[3] for step in join_steps)

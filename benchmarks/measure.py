@@ -3,21 +3,23 @@
 import os
 import platform
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 import psutil
 
 
 class PeakMemory:
-    """Samples the anonymous memory of this process and all its descendants while it is entered.
+    """Samples the anonymous memory, and the CPU time, of this process and all its descendants while it is entered.
 
     Attributes:
-        peak: the highest sum seen, in bytes.
+        peak: the highest sum of memory seen, in bytes.
     """
 
     def __init__(self, seconds: float = 0.05) -> None:
         self.peak = 0
         self._seconds = seconds
+        self._cpu: dict[tuple[int, float], float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -34,8 +36,15 @@ class PeakMemory:
         while True:
             processes = [own, *own.children(recursive=True)]
             self.peak = max(self.peak, sum(anonymous_bytes(process.pid) for process in processes))
+            for process in processes:
+                with suppress(psutil.Error):
+                    self._cpu[process.pid, process.create_time()] = sum(process.cpu_times()[:2])
             if self._stop.wait(self._seconds):
                 return
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all processes seen so far, those that are gone included."""
+        return sum(self._cpu.copy().values())
 
 
 def anonymous_bytes(pid: int) -> int:

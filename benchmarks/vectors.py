@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from curation import schemas, storage
 from curation.manifest import Origin
-from curation.partwise import fixed_size_lists
+from curation.partwise import fixed_size_lists, ids_of
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 
 DIM = 512
@@ -170,10 +170,10 @@ def _write_part(
     images_uri: str,
     *fingerprints: str,
 ) -> None:
-    ids = [f"{high:016x}{low:016x}" for high, low in rng.integers(0, 2**63, (len(values), 2)).tolist()]
+    ids = ids_of(rng.integers(0, 2**63, (len(values), 2)).astype(np.uint64))
     schema = schemas.embeddings(DIM)
     with PartWriter(embeddings_uri, part, schema, fingerprints[0]) as writer:
-        columns = [pa.array(ids), fixed_size_lists(values, schema.field("embedding").type)]
+        columns = [ids, fixed_size_lists(values, schema.field("embedding").type)]
         writer.write(pa.table(columns, schema=schema), VECTOR_GROUP)
     sizes = {"width": rng.integers(64, 2048, len(ids)), "height": rng.integers(64, 2048, len(ids))}
     known = {"image_id": ids, "row": np.arange(len(ids)), "image": [b""] * len(ids), **sizes}

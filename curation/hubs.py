@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from curation.codes import allowances, cutoffs, encode
+from curation.codes import Codes, allowances, cutoffs, encode
 from curation.products import Multiplier
 from curation.scoring import Vectors, compiled, cosine_pairs, norms, readable
 
@@ -93,12 +93,15 @@ def find_pivots(sample: Vectors, multiplier: Multiplier) -> Int64:
     return np.asarray(pivots, dtype=np.int64)
 
 
-def balls(x: Vectors, pivots: Vectors, multiplier: Multiplier) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+def balls(
+    x: Vectors, pivots: Vectors, multiplier: Multiplier, codes: Codes | None = None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """The ball that each row lies in.
 
     Args:
         x: stored vectors [n, d]; pivots: stored vectors [p, d].
         multiplier: that proposes.
+        codes: of `x`, if they are known.
 
     Returns:
         ball int32 [n], the pivot of highest similarity (the first of equals) with at least BALL, else -1; and the
@@ -108,7 +111,7 @@ def balls(x: Vectors, pivots: Vectors, multiplier: Multiplier) -> tuple[npt.NDAr
     similarity = np.zeros(len(x), dtype=np.float32)
     if not len(pivots) or not len(x):
         return ball, similarity
-    rows, centers = encode(x), encode(pivots)
+    rows, centers = encode(x) if codes is None else codes, encode(pivots)
     allowance = allowances(centers, float(rows.error.max()))
     lengths, center_lengths = norms(x), norms(pivots)
     for i, j, _ in multiplier.candidates(rows.values, centers.values, cutoffs(BALL, rows), allowance):

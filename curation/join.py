@@ -22,6 +22,7 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
+Names = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Rows:
     """Some of the vectors that a task holds, as a join sees them.
 
     Attributes:
-        nodes: what the reductions call them, int64 [n].
+        nodes: what the reductions call them, int [n].
         at: where each lies in `vectors` and `norms`, int64 [n].
         vectors: stored, [k, d]; norms: their lengths, float64 [k]. Not copied by `take`.
         codes: of these rows.
         ball: hub that each lies in, int32 [n]; -1 for none. Members of one hub are not compared.
     """
 
-    nodes: Int64
+    nodes: Names
     at: Int64
     vectors: Vectors
     norms: npt.NDArray[np.float64]
@@ -66,11 +67,11 @@ def all_rows(vectors: Vectors) -> Rows:
 class Reduction(Protocol):
     """Keeps what matters of a stream of pairs of nodes."""
 
-    def undecided(self, a: Int64, b: Int64, bound: Float32) -> Bool:
+    def undecided(self, a: Names, b: Names, bound: Float32) -> Bool:
         """Which pairs could matter if they score at most `bound`."""
         ...
 
-    def add(self, a: Int64, b: Int64, similarity: Float32) -> None:
+    def add(self, a: Names, b: Names, similarity: Float32) -> None:
         """Take pairs above the threshold with their scores."""
         ...
 
@@ -87,12 +88,12 @@ class Best:
         self._partner = np.full(num_nodes, -1, dtype=np.int64)
         self._similarity = np.full(num_nodes, np.float32(base))
 
-    def undecided(self, a: Int64, b: Int64, bound: Float32) -> Bool:
+    def undecided(self, a: Names, b: Names, bound: Float32) -> Bool:
         image = np.where(self._is_reference[a], b, a)
         mixed: Bool = self._is_reference[a] != self._is_reference[b]
         return mixed & (bound >= self._similarity[image])
 
-    def add(self, a: Int64, b: Int64, similarity: Float32) -> None:
+    def add(self, a: Names, b: Names, similarity: Float32) -> None:
         mixed = self._is_reference[a] != self._is_reference[b]
         a, b, similarity = a[mixed], b[mixed], similarity[mixed]
         turned = self._is_reference[a]
@@ -107,7 +108,7 @@ class Best:
 
 
 def keep_best(
-    best: Int64, best_similarity: Float32, nodes: Int64, partners: Int64, similarity: Float32, rank: Int64
+    best: Int64, best_similarity: Float32, nodes: Names, partners: Names, similarity: Float32, rank: Int64
 ) -> None:
     """Update each node's best partner in place: highest similarity, then lowest rank."""
     order = np.lexsort((rank[partners], -similarity, nodes))
@@ -155,7 +156,16 @@ class Join:
             self.offer(x, y, i, j, product)
 
     def offer(self, x: Rows, y: Rows, i: Int32, j: Int32, product: Int32) -> None:
-        """Score candidates (row of `x`, row of `y`) with these products of codes, as far as reductions want it."""
+        """Score candidates (row of `x`, row of `y`) with these products of codes, as far as reductions want it.
+
+        The most alike first: what connects a group is then known before the many weaker pairs within it are looked at.
+        """
+        order = np.argsort(-product)
+        for start in range(0, len(order), OFFERED):
+            some = order[start : start + OFFERED]
+            self._score(x, y, i[some], j[some], product[some])
+
+    def _score(self, x: Rows, y: Rows, i: Int32, j: Int32, product: Int32) -> None:
         a, b = x.nodes[i], y.nodes[j]
         bound = at_most(product, x.codes.error[i], y.codes.error[j], x.codes.scale)
         open_pairs = np.zeros(len(i), dtype=np.bool_)
@@ -196,7 +206,13 @@ class Unique:
     hub: Edges
 
 
-def unique(x: Vectors, pivots: Vectors, threshold: float, multiplier: Multiplier) -> Unique:
+def unique(
+    x: Vectors,
+    pivots: Vectors,
+    threshold: float,
+    multiplier: Multiplier,
+    hashes: npt.NDArray[np.uint64] | None = None,
+) -> Unique:
     """Collapse equal vectors and find the hubs' members; linear in time and memory.
 
     Args:
@@ -204,8 +220,9 @@ def unique(x: Vectors, pivots: Vectors, threshold: float, multiplier: Multiplier
         pivots: stored vectors [p, d], as `hubs.find_pivots` chose them; unused if the threshold is not below TAU.
         threshold: of the join.
         multiplier: that proposes.
+        hashes: what `content_hash` says of `x`, if that is known.
     """
-    lead = leaders(x, content_hash(x))
+    lead = leaders(x, content_hash(x) if hashes is None else hashes)
     equal = np.flatnonzero(lead != np.arange(len(x)))
     similarity = cosine_pairs(x, lead[equal], x, equal)
     copies = similarity > np.float32(threshold)  # not so where zero vectors are equal
@@ -228,31 +245,34 @@ def comparable(x: Vectors, threshold: float) -> Bool:
 
 
 @compiled
-def _count_loop(lists: Int32, first: Int64, cells: Int64, wanted: Bool, home: Int64, counts: Int64) -> None:
-    for row in range(lists.shape[0]):
-        for k in range(lists.shape[1]):
-            if lists[row, k] < 0:
-                continue
-            for cell in range(first[lists[row, k]], first[lists[row, k]] + cells[lists[row, k]]):
-                if wanted[cell] and cell != home[row]:
-                    counts[cell] += 1
-
-
-@compiled
-def _fill_loop(
+def _visit_loop(
     lists: Int32, first: Int64, cells: Int64, wanted: Bool, home: Int64, place: Int64, visitors: Int32
 ) -> None:
+    """Write each row to the next place of each cell it visits; without room in `visitors`, only count."""
     for row in range(lists.shape[0]):
         for k in range(lists.shape[1]):
             if lists[row, k] < 0:
                 continue
             for cell in range(first[lists[row, k]], first[lists[row, k]] + cells[lists[row, k]]):
                 if wanted[cell] and cell != home[row]:
-                    visitors[place[cell]] = row
+                    if visitors.shape[0] > 0:
+                        visitors[place[cell]] = row
                     place[cell] += 1
 
 
-def visitors(lists: Int32, home: Int64, first_cell: Int64, num_cells: Int64, wanted: Bool) -> tuple[Int64, Int32]:
+@dataclass(frozen=True)
+class Members:
+    """Rows by cell: rows[offsets[c] : offsets[c + 1]] are those of cell c; int64 [cells + 1] and int32."""
+
+    offsets: Int64
+    rows: Int32
+
+    def of(self, cell: int | np.integer) -> Int32:
+        """The rows of one cell."""
+        return self.rows[self.offsets[cell] : self.offsets[cell + 1]]
+
+
+def visitors(lists: Int32, home: Int64, first_cell: Int64, num_cells: Int64, wanted: Bool) -> Members:
     """Which rows visit which cells.
 
     Args:
@@ -262,31 +282,31 @@ def visitors(lists: Int32, home: Int64, first_cell: Int64, num_cells: Int64, wan
         wanted: cells that matter, bool [number of cells].
 
     Returns:
-        offsets int64 [number of cells + 1] and rows int32 [total]: rows[offsets[c]:offsets[c + 1]] visit cell c,
-        ascending; those at home there are left out.
+        The rows that visit each cell, ascending; those at home there are left out.
     """
     counts = np.zeros(len(wanted), dtype=np.int64)
-    _count_loop(lists, first_cell, num_cells, wanted, home, counts)
+    _visit_loop(lists, first_cell, num_cells, wanted, home, counts, np.empty(0, dtype=np.int32))
     offsets = np.concatenate([[0], np.cumsum(counts)])
     rows = np.empty(int(offsets[-1]), dtype=np.int32)
-    _fill_loop(lists, first_cell, num_cells, wanted, home, offsets[:-1].copy(), rows)
-    return offsets, rows
+    _visit_loop(lists, first_cell, num_cells, wanted, home, offsets[:-1].copy(), rows)
+    return Members(offsets, rows)
 
 
+OFFERED = 1 << 13
+"""Candidates that are scored before reductions are asked again which of the others they want."""
 SMALL_CELL = 1024
 """A cell of up to this many rows is compared with itself along with its visitors: half in vain, but in one go."""
 BATCH = 1 << 16
 """Candidates that are offered at once, from as many cells as it takes."""
 
 
-def join_cells(join: Join, x: Rows, starts: Int64, offsets: Int64, visiting: Int32, among: bool = True) -> None:
-    """Join inside the cells of a partition: what is stored in each with itself and with its visitors.
+def join_cells(join: Join, x: Rows, stored: Members, visiting: Members, among: bool = True) -> None:
+    """Join inside cells: what is stored in each with itself and with its visitors.
 
     Args:
         join: that compares.
-        x: the partition's rows, nodes 0 .. n-1; those stored in cell c are rows starts[c] .. starts[c + 1] - 1.
-        starts: int64 [number of cells + 1].
-        offsets, visiting: rows that visit each cell, as `visitors` gives them.
+        x: rows, nodes 0 .. n-1; those of one cell are gathered from wherever they lie.
+        stored, visiting: rows of `x` stored in each cell, and rows that visit it.
         among: whether what is stored in a cell is compared with itself, too.
     """
     with_hubs = bool((x.ball >= 0).any())
@@ -294,20 +314,19 @@ def join_cells(join: Join, x: Rows, starts: Int64, offsets: Int64, visiting: Int
     allowance = allowances(x.codes, float(x.codes.error.max(initial=0.0)))
     batch: list[tuple[Int32, Int32, Int32]] = []
     held = 0
-    for cell in np.flatnonzero(np.diff(starts)):
-        first, last = int(starts[cell]), int(starts[cell + 1])
-        guests = visiting[offsets[cell] : offsets[cell + 1]]
-        if with_hubs and (x.ball[first:last] >= 0).any():
-            stored = x.take(slice(first, last))
-            join.between(x.take(guests), stored)
+    for cell in np.flatnonzero(np.diff(stored.offsets)):
+        own, guests = stored.of(cell), visiting.of(cell)
+        if with_hubs and (x.ball[own] >= 0).any():
+            at_home = x.take(own)
+            join.between(x.take(guests), at_home)
             if among:
-                join.among(stored)
+                join.among(at_home)
             continue
-        if among and last - first <= SMALL_CELL:
-            guests = np.concatenate([guests, np.arange(first, last, dtype=np.int32)])
+        if among and len(own) <= SMALL_CELL:
+            guests = np.concatenate([guests, own])
         elif among:
-            join.among(x.take(slice(first, last)))
-        for found in join.multiplier.gathered(x.codes.values, guests, first, last, cutoff, allowance):
+            join.among(x.take(own))
+        for found in join.multiplier.gathered(x.codes.values, guests, own, cutoff, allowance):
             batch.append(found)
             held += len(found[0])
             if held >= BATCH:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from curation.errors import ConfigError
+from curation.hashing import ID_HEX, id_words
 
 
 def positions_in(ids: list[str], whole: list[str], where: str) -> npt.NDArray[np.int64]:
@@ -15,6 +16,8 @@ def positions_in(ids: list[str], whole: list[str], where: str) -> npt.NDArray[np
     An image fetched twice within one part is known by its first row. Raises ConfigError, naming `where`, when `ids`
     is no subset of `whole` in its order: one of the two is not what the other was made with.
     """
+    if ids == whole and len(set(ids)) == len(ids):
+        return np.arange(len(ids))
     places: dict[str, int] = {}
     for position, name in enumerate(whole):
         places.setdefault(name, position)
@@ -37,6 +40,26 @@ def matrix(table: pa.Table, column: str = "embedding") -> npt.NDArray[Any]:
     values = table[column].combine_chunks()
     flat: npt.NDArray[Any] = values.flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(len(values), values.type.list_size)
+
+
+def words_of(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """A column of image ids as `hashing.id_words` gives them, uint64 [n, 2], without a Python string for each."""
+    pieces = [np.zeros((0, 2), np.uint64)]
+    for chunk in ids.chunks:
+        offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        text = chunk.buffers()[2]
+        if len(chunk) and (chunk.null_count or (np.diff(offsets) != ID_HEX).any()):
+            raise ValueError(f"an image_id has not {ID_HEX} characters")
+        if len(chunk):
+            pieces.append(id_words([str(memoryview(text)[offsets[0] : offsets[-1]], "ascii")]))
+    return np.concatenate(pieces)
+
+
+def ids_of(words: npt.NDArray[np.uint64]) -> pa.StringArray:
+    """The inverse of `words_of`: image ids of uint64 [n, 2]."""
+    text = np.ascontiguousarray(words, dtype=">u8").tobytes().hex().encode()
+    offsets = np.arange(0, ID_HEX * len(words) + 1, ID_HEX, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(words), pa.py_buffer(offsets), pa.py_buffer(text))
 
 
 def fixed_size_lists(values: npt.NDArray[np.generic], kind: pa.DataType) -> pa.FixedSizeListArray:

@@ -86,6 +86,24 @@ class Multiplier:
             out[rows, columns] = tile[:height, :width].cpu().numpy()
         return out
 
+    def taken(self, values: Int8, rows: Int32, y: Int8) -> Iterator[tuple[slice, slice, Int32]]:
+        """Products of chosen rows of `values` with `y`, tile by tile, each valid until the next is asked for.
+
+        Args:
+            values: codes, int8 [n, k]; y: codes, int8 [m, k].
+            rows: int32 [t].
+
+        Yields:
+            slices of `rows` and of the rows of y, and their products, int32, with more lines and columns than those.
+        """
+        for left in range(0, len(y), self._columns):
+            columns = slice(left, min(left + self._columns, len(y)))
+            right = self._pad("y", y[columns], STEP_COLUMNS, self._columns).t()
+            for top in range(0, len(rows), self._rows):
+                some = slice(top, min(top + self._rows, len(rows)))
+                block = self._taken("x", values, rows[some], STEP_ROWS, self._rows)
+                yield some, columns, self._multiplied(block, right).cpu().numpy()
+
     def candidates(self, x: Int8, y: Int8, cutoff: Int32, allowance: Int32, upper: bool = False) -> Iterator[Found]:
         """Pairs (i, j) of rows of x and y with product + allowance[j] >= cutoff[i], tile by tile.
 
@@ -108,37 +126,33 @@ class Multiplier:
             if len(i):
                 yield i, j, value
 
-    def gathered(
-        self, values: Int8, rows: Int32, first: int, last: int, cutoff: Int32, allowance: Int32
-    ) -> Iterator[Found]:
-        """`candidates` of chosen rows of `values` with its rows first .. last-1, without copying more than it must.
+    def gathered(self, values: Int8, rows: Int32, others: Int32, cutoff: Int32, allowance: Int32) -> Iterator[Found]:
+        """`candidates` of chosen rows of `values` with other chosen rows of it.
 
         Args:
             values: codes, int8 [n, k]; `cutoff` and `allowance` are of all of them, int32 [n].
-            rows: int32 [t].
+            rows, others: int32 [t] and int32 [u].
 
         Yields:
             i, j and product of each tile, int32; i and j are rows of `values`.
         """
         scan = self._scan_gpu if self.device.type == "cuda" else self._scan_cpu
-        for left in range(first, last, self._columns):
-            right = min(left + self._columns, last)
-            # Rows after the last one are multiplied along where they are there: what they give is not looked at.
-            end = min(left + -(-(right - left) // STEP_COLUMNS) * STEP_COLUMNS, len(values))
-            columns = self._pad("y", values[left:end], STEP_COLUMNS, self._columns).t()
+        for left in range(0, len(others), self._columns):
+            right = others[left : left + self._columns]
+            columns = self._taken("y", values, right, STEP_COLUMNS, self._columns).t()
             for top in range(0, len(rows), self._rows):
                 some = rows[top : top + self._rows]
-                tile = self._multiplied(self._taken(values, some), columns)
-                i, j, product = scan(tile, cutoff[some], allowance[left:right])
+                tile = self._multiplied(self._taken("x", values, some, STEP_ROWS, self._rows), columns)
+                i, j, product = scan(tile, cutoff[some], allowance[right])
                 if len(i):
-                    yield some[i], j + np.int32(left), product
+                    yield some[i], right[j], product
 
-    def _taken(self, values: Int8, rows: Int32) -> "torch.Tensor":
-        """Rows of `values` on the device, with rows added up to a multiple of STEP_ROWS."""
-        height = min(-(-len(rows) // STEP_ROWS) * STEP_ROWS, self._rows)
+    def _taken(self, name: str, values: Int8, rows: Int32, step: int, most: int) -> "torch.Tensor":
+        """Rows of `values` on the device, with rows added up to a multiple of `step`, whose products nobody reads."""
         if self.device.type != "cpu":
-            return self._pad("x", values.take(rows, axis=0), STEP_ROWS, self._rows)
-        padded = self._buffer("x", height, values.shape[1], self._torch.int8)
+            return self._pad(name, values.take(rows, axis=0), step, most)
+        padded = self._buffer(name, min(-(-len(rows) // step) * step, most), values.shape[1], self._torch.int8)
+        # Without bounds checks, straight to where it is multiplied.
         np.take(values, rows, axis=0, out=padded.numpy()[: len(rows)], mode="clip")
         return padded
 

@@ -18,7 +18,7 @@ from curation.codes import Codes, encode
 from curation.errors import ConfigError
 from curation.hashing import keyed_hash
 from curation.products import Multiplier
-from curation.scoring import Vectors, compiled, norms
+from curation.scoring import Vectors, compiled, inlined, norms
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -32,8 +32,10 @@ COARSE_BLOCK = 2_048
 """Rows that are ranked against all coarse cells at a time."""
 FINE_BLOCK = 8192
 """Rows that are grouped by coarse cell at a time: their codes stay in a processor's cache while cells gather them."""
-TAKEN = 2_048
-"""Rows of a cell that are gathered at a time."""
+SPAN = 32
+"""Products that are compared with a row's bound at once."""
+ROOM = 4
+"""Products that are held of a row, for each list wanted, before the best of them are chosen."""
 
 NOTHING = np.int32(-(2**31))
 """Less than any product."""
@@ -153,8 +155,7 @@ def share_lists(size: Int64, num_lists: int) -> Int64:
 def nearest_lists(codes: Codes, quantizer: Quantizer, m: int, probes: int | None = None, device: str = "cpu") -> Int32:
     """The m lists nearest to each vector, of those in the `probes` coarse cells nearest to it.
 
-    Both are ranked by product of codes, ties by lowest number. Takes one thread beside torch's. Holds 4 m bytes a row,
-    and for each of FINE_BLOCK rows 4 bytes for each list looked at.
+    Both are ranked by product of codes, ties by lowest number. Takes one thread beside torch's. Holds 4 m bytes a row.
 
     Args:
         codes: of n vectors.
@@ -178,18 +179,16 @@ def nearest_lists(codes: Codes, quantizer: Quantizer, m: int, probes: int | None
 
 def _rank_block(values: Int8, quantizer: Quantizer, probes: int, multiplier: Multiplier, lists: Int32) -> None:
     """`nearest_lists` of one block of codes; `lists` holds -1 and receives the result."""
-    cells = np.sort(_nearest_cells(values, quantizer.coarse_codes, probes, multiplier), axis=1)
-    sizes = np.diff(quantizer.starts)
-    ends = np.cumsum(sizes[cells], axis=1)
-    room = np.empty((len(values), int(ends[:, -1].max(initial=0))), dtype=np.int32)
-    taken_room = np.empty((TAKEN, values.shape[1]), dtype=np.int8)
-    filled = np.zeros(len(values), dtype=np.int64)
-    for c, rows in _group(cells, len(quantizer.coarse)):
-        # Without bounds checks and into memory that is in the cache, several times faster than values[rows].
-        taken = np.take(values, rows, axis=0, out=taken_room[: len(rows)], mode="clip")
-        fine = quantizer.fine_codes[quantizer.starts[c] : quantizer.starts[c + 1]]
-        _place_loop(rows, multiplier.products(taken, fine), filled, room)
-    _name_loop(_top_columns(room, filled, lists.shape[1]), cells, ends, quantizer.starts, lists)
+    cells = _nearest_cells(values, quantizer.coarse_codes, probes, multiplier)
+    room = len(values), ROOM * lists.shape[1]
+    value, number = np.full(room, NOTHING), np.empty(room, dtype=np.int32)
+    held, bound = np.zeros(len(values), dtype=np.int32), np.full(len(values), NOTHING)
+    for c, rows in _group(cells, len(quantizer.coarse)):  # ascending, so that of equal products the lowest list stays
+        first, last = quantizer.starts[c], quantizer.starts[c + 1]
+        for some, columns, tile in multiplier.taken(values, rows, quantizer.fine_codes[first:last]):
+            width, offset = columns.stop - columns.start, first + columns.start
+            _keep_loop(tile, rows[some], width, offset, lists.shape[1], value, number, held, bound)
+    _order_loop(value, number, held, lists)
 
 
 def _nearest_cells(values: Int8, coarse: Int8, probes: int, multiplier: Multiplier) -> Int32:
@@ -214,14 +213,14 @@ def _top_columns(values: Int32, widths: Int64, m: int) -> Int32:
 
 
 def _group(cells: Int32, num_cells: int) -> Iterator[tuple[int, Int32]]:
-    """Each cell that some row has, with its rows, int32 and increasing, at most TAKEN at a time."""
+    """Each cell that some row has, with its rows, int32 and increasing."""
     ends = np.cumsum(np.bincount(cells.reshape(-1), minlength=num_cells))
     starts = np.concatenate(([0], ends[:-1]))
     rows = np.empty(cells.size, dtype=np.int32)
     _group_loop(cells, starts.copy(), rows)
     for c in range(num_cells):
-        for start in range(starts[c], ends[c], TAKEN):
-            yield c, rows[start : min(start + TAKEN, ends[c])]
+        if starts[c] < ends[c]:
+            yield c, rows[starts[c] : ends[c]]
 
 
 @compiled
@@ -276,20 +275,84 @@ def _group_loop(cells: Int32, place: Int64, rows: Int32) -> None:
             place[c] += 1
 
 
+@inlined
+def _cut(value: Int32, number: Int32, m: int) -> int:
+    """Move the m largest values, of equal ones the first, to the front with their numbers; returns the least kept."""
+    low, high = value[0], value[0]
+    for t in range(value.shape[0]):
+        low, high = min(low, value[t]), max(high, value[t])
+    high += np.int32(1)
+    while high - low > 1:
+        middle = np.int32(low + (high - low) // 2)
+        reached = np.int32(0)
+        for t in range(value.shape[0]):
+            reached += np.int32(value[t] >= middle)
+        if reached >= m:
+            low = middle
+        else:
+            high = middle
+    above = 0
+    for t in range(value.shape[0]):
+        above += value[t] > low
+    equal, kept = m - above, 0
+    for t in range(value.shape[0]):
+        is_equal = value[t] == low
+        if value[t] > low or (is_equal and equal > 0):
+            equal -= is_equal
+            value[kept], number[kept] = value[t], number[t]
+            kept += 1
+    return int(low)
+
+
 @compiled
-def _place_loop(rows: Int32, product: Int32, filled: Int64, room: Int32) -> None:
-    """Append line i of `product` to row rows[i] of `room`, of which `filled` is taken."""
+def _keep_loop(
+    tile: Int32,
+    rows: Int32,
+    width: int,
+    first: int,
+    m: int,
+    value: Int32,
+    number: Int32,
+    held: Int32,
+    bound: Int32,
+) -> None:
+    """Hold products that may be among the m best of their row: line i is of row rows[i], column j of list first + j.
+
+    Lists come in ascending order, so a later one of equal product stays behind. What is held is cut to the m best
+    whenever a row's room is full; then `bound` is the least of them. Most products are below it, which is told SPAN at
+    a time.
+    """
     for i in range(rows.shape[0]):
-        at = filled[rows[i]]
-        room[rows[i], at : at + product.shape[1]] = product[i]
-        filled[rows[i]] = at + product.shape[1]
+        row = rows[i]
+        least, count = bound[row], held[row]
+        for start in range(0, width, SPAN):
+            line, largest = tile[i, start : min(start + SPAN, width)], least
+            for j in range(line.shape[0]):  # without branches: many at once
+                largest = max(largest, line[j])
+            if largest == least:
+                continue
+            for j in range(line.shape[0]):
+                if line[j] > least:
+                    value[row, count], number[row, count] = line[j], first + start + j
+                    count += 1
+                    if count == value.shape[1]:
+                        least, count = np.int32(_cut(value[row], number[row], m)), m
+        bound[row], held[row] = least, count
 
 
 @compiled
-def _name_loop(columns: Int32, cells: Int32, ends: Int64, starts: Int64, lists: Int32) -> None:
-    """Lists by their columns: a row's columns are the lists of its cells, one cell after the other."""
-    for row in range(columns.shape[0]):
-        for k in range(columns.shape[1]):
-            if columns[row, k] >= 0:
-                probe = np.searchsorted(ends[row], columns[row, k], side="right")
-                lists[row, k] = starts[cells[row, probe] + 1] - (ends[row, probe] - columns[row, k])
+def _order_loop(value: Int32, number: Int32, held: Int32, lists: Int32) -> None:
+    """The lists of the best values held, best first, of equal ones the first held first."""
+    m = lists.shape[1]
+    for row in range(lists.shape[0]):
+        count = held[row]
+        if count > m:
+            value[row, count:] = value[row, :count].min()  # behind all others, and no nearer to overflow
+            _cut(value[row], number[row], m)
+            count = m
+        for t in range(count):
+            this, its, at = value[row, t], number[row, t], t
+            while at > 0 and value[row, at - 1] < this:
+                value[row, at], lists[row, at] = value[row, at - 1], lists[row, at - 1]
+                at -= 1
+            value[row, at], lists[row, at] = this, its

@@ -26,6 +26,7 @@ from curation.errors import ConfigError
 from curation.forest import Edges
 from curation.join import keep_best
 from curation.manifest import Input
+from curation.partwise import ids_of
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.engine import Engine, Planned, plan_join, resolve
 from pipelines.join import EDGES, HubsStep, Keep, SampleStep, edge_table, stream_edges
@@ -128,10 +129,9 @@ class ComponentsStep(Step):
         chosen = representatives(labels, np.where(is_root, self._areas(vectors), -1), words)
         for start in range(0, len(vectors), GROUP_ROWS):
             rows = slice(start, start + GROUP_ROWS)
-            names = [f"{high:016x}{low:016x}" for high, low in words[chosen[rows]].tolist()]
             nearest = pa.array(strongest[rows], mask=np.isnan(strongest[rows]))
-            values = [labels[rows], sizes[rows], chosen[rows], names, nearest]
-            writer.write(pa.table([pa.array(v) for v in values], schema=COMPONENTS))
+            values = [*map(pa.array, (labels[rows], sizes[rows], chosen[rows])), ids_of(words[chosen[rows]]), nearest]
+            writer.write(pa.table(values, schema=COMPONENTS))
 
     def _edges(self, num_nodes: int) -> Iterator[Edges]:
         if self.max_component is None:

@@ -4,12 +4,15 @@ A join is one list of steps, whatever the engine: nodes in, sets of edges out.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from curation import storage
 from curation.errors import ConfigError
 from pipelines.faiss_join import FaissStep, IndexSettings, IndexStep
+from pipelines.flat import FlatStep, LeadsStep, bytes_flat
+from pipelines.in_place import InPlaceStep
 from pipelines.join import HUB_SAMPLE, ExactStep, HubsStep, Keep, SampleStep, block_rows
 from pipelines.nodes import Nodes
 from pipelines.partition import PartitionStep
@@ -23,22 +26,30 @@ EXACT_AT_MOST = 16_000_000
 """Nodes that the exact engine takes: its forest holds 128 bytes a node in every worker."""
 OPERATIONS_PER_SECOND = 3.8e11
 """Of one core: n**2 d over the CPU seconds of the exact join of 200,000 vectors (docs/benchmarks.md)."""
-VECTORS_PER_LIST = 64
+VECTORS_PER_LIST, LISTS_PER_ROOT = 64, 12
+"""Vectors of a list, and where that would be more lists than 12 for each root of the number of nodes, as many: ranking
+lists and comparing what they store then grow alike."""
+LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 4, 3
+"""More nodes have more borders between those alike: the quantizers that reached one recall at 10**6 and 10**7."""
 POINTS_PER_LIST = 10
 MAX_LISTS = 65_536
+CACHED = 0.75
+"""Share of this machine's memory that vectors and codes may take to be joined in place."""
 
 
 @dataclass(frozen=True)
 class Engine:
     """An engine with all its settings resolved; `why` tells how it was chosen.
 
-    The `device` that multiplies is none of the values: products of integers are the same on all.
+    The `device` that multiplies is none of the values, since products of integers are the same on all; nor is whether
+    a partitioned join is made `in_place`: the same pairs meet where they lie and where they travel to.
     """
 
     name: str
     values: dict[str, Any]
     why: str
     device: str = "auto"
+    in_place: bool | None = None
 
 
 def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:
@@ -62,16 +73,18 @@ def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:
         return Engine(name, values, f"FAISS index {settings.index}, {settings.k} nearest, of {told}")
     values = _partitioned(settings, num_nodes)
     how = "{quantizers} quantizers of {num_lists:,} lists, {lists_joined} joined".format(**values)
-    return Engine(name, values, f"partitioned join, {how}, of {told}", settings.device)
+    return Engine(name, values, f"partitioned join, {how}, of {told}", settings.device, settings.in_place)
 
 
 def _partitioned(settings: JoinSettings, num_nodes: int) -> dict[str, Any]:
-    near = 2 ** round(math.log2(max(1, num_nodes / VECTORS_PER_LIST)))
+    wanted = min(num_nodes / VECTORS_PER_LIST, LISTS_PER_ROOT * math.sqrt(num_nodes))
+    near = 2 ** round(math.log2(max(1, wanted)))
     num_lists = settings.num_lists or min(max(1, near), MAX_LISTS)
+    tenfolds = math.log10(max(1, num_nodes / EXACT_UP_TO))
     return {
         "num_lists": num_lists,
         "lists_joined": min(settings.lists_joined, num_lists),
-        "quantizers": settings.quantizers,
+        "quantizers": settings.quantizers or round(LEAST_QUANTIZERS + QUANTIZERS_PER_TENFOLD * tenfolds),
         "partition_rows": settings.partition_rows,
     }
 
@@ -101,6 +114,14 @@ def _device(engine: Engine) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _is_in_place(engine: Engine, nodes: Nodes, out: str) -> bool:
+    """Whether vectors are mapped where they lie: as asked, or where `out` is local and memory caches most of them."""
+    if engine.in_place is not None:
+        return engine.in_place
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return storage.is_local(out) and bytes_flat(len(nodes), nodes.vectors.dim) <= CACHED * memory
+
+
 def plan_join(engine: Engine, nodes: Nodes, threshold: float, keep: Keep, seed: int, out: str, prefix: str) -> Planned:
     """The steps that join `nodes`; working sets lie below `out`, their names begin with `prefix`."""
 
@@ -114,8 +135,10 @@ def plan_join(engine: Engine, nodes: Nodes, threshold: float, keep: Keep, seed: 
     sample = SampleStep(*at("sample"), nodes, size, seed, "join")
     hubs = HubsStep(*at("hubs"), sample.out)
     if engine.name == "exact":
-        pairs = ExactStep(*at("pairs"), nodes, threshold, keep, hubs.out, device)
-        return Planned([sample, hubs, pairs], [pairs.out], None)
+        # One block compares all that it holds anyway, and references are compared with every image.
+        hubs_help = keep == "forest" and len(nodes) > block_rows(len(nodes))
+        pairs = ExactStep(*at("pairs"), nodes, threshold, keep, hubs.out if hubs_help else None, device)
+        return Planned([sample, hubs, pairs] if hubs_help else [pairs], [pairs.out], None)
     if engine.name == "faiss":
         index_settings = IndexSettings(*(engine.values[key] for key in ("index", "nprobe", "k", "slack")))
         index = IndexStep(*at("index"), nodes, sample.out, index_settings, keep)
@@ -125,22 +148,20 @@ def plan_join(engine: Engine, nodes: Nodes, threshold: float, keep: Keep, seed: 
     m, count = values["lists_joined"], values["quantizers"]
     quantizers = QuantizersStep(*at("quantizers"), sample.out, values["num_lists"], count, seed, hubs.out)
     lists = ListsStep(*at("lists"), nodes, quantizers.out, m, device)
-    layout = LayoutStep(*at("layout"), nodes, quantizers.out, lists.out, m, values["partition_rows"])
-    steps: list[Step] = [sample, hubs, quantizers, lists, layout]
-
-    def pairs_step(name: str, scattered: str | None, numbers: list[int]) -> PartitionStep:
-        place = at(name)
-        return PartitionStep(
-            *place, nodes, threshold, keep, hubs.out, lists.out, layout.out, scattered, numbers, m, device
-        )
-
-    if len(nodes) <= values["partition_rows"]:
-        pairs_of = pairs_step("pairs", None, list(range(count)))
-        return Planned([*steps, pairs_of], [pairs_of.out], lists.out)
+    steps: list[Step] = [sample, hubs, quantizers, lists]
+    if _is_in_place(engine, nodes, out):
+        flat = FlatStep(*at("flat"), nodes, threshold, hubs.out if keep == "forest" else None, device)
+        leads = LeadsStep(*at("leads"), flat.out, threshold, keep == "forest")
+        sets = hubs.out, flat.out, leads.out, lists.out
+        met = InPlaceStep(*at("pairs"), nodes, threshold, keep, *sets, values["num_lists"], count, m, device)
+        return Planned([*steps, flat, leads, met], [met.out], lists.out)
+    layout = LayoutStep(*at("layout"), nodes, quantizers.out, lists.out, values["partition_rows"])
+    steps.append(layout)
     edges = []
     for number in range(count):
         scatter = ScatterStep(*at(f"scatter_{number}"), nodes, lists.out, layout.out, number, m, keep)
-        pairs_of = pairs_step(f"pairs_{number}", scatter.out, [number])
+        place = at(f"pairs_{number}")
+        pairs_of = PartitionStep(*place, nodes, threshold, keep, hubs.out, layout.out, scatter.out, number, m, device)
         steps += [scatter, pairs_of]
         edges.append(pairs_of.out)
     return Planned(steps, edges, lists.out)

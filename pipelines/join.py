@@ -109,9 +109,8 @@ class HubsStep(Step):
     def write_part(self, part: int, writer: PartWriter) -> None:
         table = ShardSet(self.sample).read(0)
         every = -(-table.num_rows // HUB_SAMPLE) or 1
-        rows = np.arange(0, table.num_rows, every)
-        pivots = find_pivots(matrix(table.take(pa.array(rows))), Multiplier())
-        writer.write(table.take(pa.array(rows[pivots])), GROUP_ROWS)
+        pivots = every * find_pivots(np.ascontiguousarray(matrix(table)[::every]), Multiplier())
+        writer.write(table.take(pa.array(pivots)), GROUP_ROWS)
 
 
 def edge_table(edges: Edges) -> pa.Table:
@@ -127,6 +126,21 @@ def stream_edges(uris: list[str]) -> Iterator[Edges]:
             for table in edges.stream(part, rows=GROUP_ROWS):
                 a, b, similarity = (table[name].to_numpy() for name in EDGES.names)
                 yield a, b, similarity
+
+
+def without(edges: Edges, hub: Edges) -> Edges:
+    """`edges` but those of `hub`, (pivot, member, similarity): each member has one."""
+    pivots, members, _ = hub
+    if not len(members):
+        return edges
+    order = np.argsort(members, kind="stable")
+    members, pivots = members[order], pivots[order]
+    a, b, similarity = edges
+    dropped = np.zeros(len(a), np.bool_)
+    for end, other in ((a, b), (b, a)):
+        place = np.minimum(np.searchsorted(members, end), len(members) - 1)
+        dropped |= (members[place] == end) & (pivots[place] == other)
+    return a[~dropped], b[~dropped], similarity[~dropped]
 
 
 class Reducer:
@@ -167,12 +181,12 @@ def block_rows(num_nodes: int) -> int:
 @dataclass
 class ExactStep(Step):
     """Part i: block i against itself and half of the others, around in a circle; with keep `best`, pools' blocks alone
-    against all blocks of references."""
+    against all blocks of references. Without `hubs` no two vectors are spared."""
 
     nodes: Nodes
     threshold: float
     keep_of: Keep
-    hubs: str
+    hubs: str | None
     device: str = "cpu"
 
     @property
@@ -211,7 +225,8 @@ class ExactStep(Step):
         if self.keep_of != "forest":
             inside = comparable(values, self.threshold)
             return rows_of(numbers[inside], values[inside])
-        pivots, centers = read_sample(self.hubs)
+        none = np.zeros(0, np.int64), values[:0]
+        pivots, centers = none if self.hubs is None else read_sample(self.hubs)
         found = unique(values, centers, self.threshold, multiplier)
         if forest is not None:
             lead, equal, similarity = found.equal

@@ -3,15 +3,19 @@
 1. `quantizers`: part r fits quantizer r on the sample.
 2. `lists`: under each quantizer the m nearest lists of each vector, best first. A vector is stored in the nearest and
    compared with all that is stored in any of them.
-3. `layout`: part r arranges the lists of quantizer r in partitions of bounded size, near lists together.
-4. `scatter`, for each quantizer where one partition is not enough: every vector goes once to each partition that it is
-   wanted in.
 
-`pipelines.partition` then joins within each partition. Misses of independent quantizers multiply. 1 holds the sample,
-2 and 4 one block, 3 two numbers a list. Time of 2 grows with vectors times centroids looked at.
+Where vectors lie flat on this machine, `pipelines.in_place` then joins list by list. Else they travel:
+
+3. `layout`: part r arranges the lists of quantizer r in partitions of bounded size, near lists together.
+4. `scatter`, for each quantizer: every vector goes once to each partition that it is wanted in, and
+   `pipelines.partition` joins within each.
+
+Misses of independent quantizers multiply. 1 holds the sample, 2 the quantizers and one block, 3 two numbers a list, 4
+one block. Time of 2 grows with vectors times centroids looked at.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -104,13 +108,15 @@ class ListsStep(Step):
 
     @property
     def needs(self) -> Needs:
-        return on_device(self.device)
+        return replace(on_device(self.device), resident=True)
 
-    def _width(self) -> int:
-        return ShardSet(self.quantizers).num_parts * self.lists_joined
+    @cached_property
+    def _quantizers(self) -> list[Quantizer]:
+        return [read_quantizer(self.quantizers, number) for number in range(ShardSet(self.quantizers).num_parts)]
 
     def schema(self) -> pa.Schema:
-        return pa.schema([("lists", _lists_type(self._width()))])
+        numbers = range(ShardSet(self.quantizers).num_parts)
+        return pa.schema([(lists_column(number), _lists_type(self.lists_joined)) for number in numbers])
 
     def num_parts(self) -> int:
         return -(-len(self.nodes) // LIST_ROWS)
@@ -119,13 +125,18 @@ class ListsStep(Step):
         start, stop = part * LIST_ROWS, min((part + 1) * LIST_ROWS, len(self.nodes))
         numbers, values = self.nodes.read(start, stop)
         codes = encode(values)
-        lists = np.full((stop - start, self._width()), -1, np.int32)
-        for number in range(ShardSet(self.quantizers).num_parts):
-            quantizer = read_quantizer(self.quantizers, number)
+        columns = []
+        for quantizer in self._quantizers:
+            lists = np.full((stop - start, self.lists_joined), -1, np.int32)
             probes = _probes(quantizer, self.lists_joined)
-            near = nearest_lists(codes, quantizer, self.lists_joined, probes, self.device)
-            lists[numbers - start, number * self.lists_joined : (number + 1) * self.lists_joined] = near
-        writer.write(pa.table([fixed_size_lists(lists, self.schema().field("lists").type)], schema=self.schema()))
+            lists[numbers - start] = nearest_lists(codes, quantizer, self.lists_joined, probes, self.device)
+            columns.append(fixed_size_lists(lists, _lists_type(self.lists_joined)))
+        writer.write(pa.table(columns, schema=self.schema()), GROUP_ROWS)
+
+
+def lists_column(number: int) -> str:
+    """The column of a set of lists that is of quantizer `number`."""
+    return f"lists_{number}"
 
 
 def _probes(quantizer: Quantizer, lists_joined: int) -> int:
@@ -135,10 +146,10 @@ def _probes(quantizer: Quantizer, lists_joined: int) -> int:
     return min(num_coarse, max(1, num_coarse // 8, enough))
 
 
-def read_lists(uri: str, part: int, number: int, lists_joined: int) -> Int32:
-    """Lists under quantizer `number` of the nodes of a block, int32 [rows, lists_joined]."""
-    lists: Int32 = matrix(ShardSet(uri).read(part, ["lists"]), "lists")
-    return lists[:, number * lists_joined : (number + 1) * lists_joined]
+def read_lists(uri: str, part: int, number: int) -> Int32:
+    """Lists under quantizer `number` of the nodes of a block, int32 [rows, m]."""
+    lists: Int32 = matrix(ShardSet(uri).read(part, [lists_column(number)]), lists_column(number))
+    return lists
 
 
 @dataclass
@@ -148,7 +159,6 @@ class LayoutStep(Step):
     nodes: Nodes
     quantizers: str
     lists: str
-    lists_joined: int
     partition_rows: int
 
     def schema(self) -> pa.Schema:
@@ -163,7 +173,7 @@ class LayoutStep(Step):
         sample, total = [], 0
         every = -(-len(self.nodes) // LAYOUT_SAMPLE)
         for block in range(ShardSet(self.lists).num_parts):
-            lists = read_lists(self.lists, block, part, self.lists_joined)
+            lists = read_lists(self.lists, block, part)
             lists = lists[lists[:, 0] >= 0]
             stored += np.bincount(lists[:, 0], minlength=len(stored))
             sample.append(lists[::every])
@@ -208,9 +218,7 @@ class ScatterStep(Step):
         return ShardSet(self.lists).num_parts
 
     def write_part(self, part: int, writer: PartWriter) -> None:
-        numbers, values, lists = read_block(
-            self.nodes, self.lists, part, [self.number], self.lists_joined, self.keep_of
-        )
+        numbers, values, lists = self._block(part)
         rows, partitions = destinations(lists, read_layout(self.layout, self.number))
         plain = pa.py_buffer(np.ascontiguousarray(values[rows]))
         kind = self.schema().field("vector").type
@@ -218,19 +226,14 @@ class ScatterStep(Step):
         columns = [pa.array(numbers[rows]), vectors, fixed_size_lists(lists[rows], _lists_type(self.lists_joined))]
         writer.write_buckets(pa.table(columns, schema=self.schema()), partitions.astype(np.int64))
 
+    def _block(self, block: int) -> tuple[Int64, Float16, Int32]:
+        """Numbers, vectors and lists of the block's nodes that take part.
 
-def read_block(
-    nodes: Nodes, lists_uri: str, block: int, quantizers: list[int], lists_joined: int, keep: Keep
-) -> tuple[Int64, Float16, Int32]:
-    """Numbers, vectors and lists under some quantizers, int32 [n, quantizers * m], of the block's nodes that take part.
-
-    Where only images are compared with references, references are stored and visit no list but their own.
-    """
-    start, stop = block * LIST_ROWS, min((block + 1) * LIST_ROWS, len(nodes))
-    numbers, values = nodes.read(start, stop)
-    held = matrix(ShardSet(lists_uri).read(block, ["lists"]), "lists")
-    columns = np.concatenate([np.arange(q * lists_joined, (q + 1) * lists_joined) for q in quantizers])
-    lists: Int32 = held[np.ix_(numbers - start, columns)]
-    if keep == "best":
-        lists[np.ix_(numbers >= nodes.num_pool, np.arange(lists.shape[1]) % lists_joined != 0)] = -1
-    return numbers, values, lists
+        Where only images are compared with references, references are stored and visit no list but their own.
+        """
+        start, stop = block * LIST_ROWS, min((block + 1) * LIST_ROWS, len(self.nodes))
+        numbers, values = self.nodes.read(start, stop)
+        lists = read_lists(self.lists, block, self.number)[numbers - start]
+        if self.keep_of == "best":
+            lists[numbers >= self.nodes.num_pool, 1:] = -1
+        return numbers, values, lists

@@ -2,7 +2,8 @@
 
 Operations are those on int8: a product of two vectors of d numbers is 2 d. Of the two rates that turn them into hours,
 the core's is that of a whole exact join (docs/benchmarks.md), the accelerator's is an assumption. Priced are the pools
-among themselves; what they and the references cost in the relative step is of the same kind, and less, since only representatives take part.
+among themselves; what they and the references cost in the relative step is of the same kind, and less, since only
+representatives take part.
 """
 
 from dataclasses import dataclass

@@ -19,11 +19,10 @@ from curation import schemas, storage
 from curation.errors import ConfigError
 from curation.hashing import bucket_of, id_words, keyed_hash
 from curation.manifest import Input
-from curation.partwise import kept_ids
+from curation.partwise import ids_of, kept_ids, words_of
 from curation.sampling import draw_copies, equal_shares
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.recipe import PartSettings
-from pipelines.retrieve import id_texts
 from pipelines.unit import Step, Unit, set_input
 
 BUCKET_ROWS = 500_000
@@ -97,7 +96,7 @@ class SharesStep(Step):
         taken = np.flatnonzero(copies)
         for start in range(0, len(taken), GROUP_ROWS):
             rows = taken[start : start + GROUP_ROWS]
-            writer.write(nominations(id_texts(words[rows]), slots[rows], number, copies[rows]))
+            writer.write(nominations(ids_of(words[rows]), slots[rows], number, copies[rows]))
 
     def _order(self, num_clusters: int, number: int) -> npt.NDArray[np.uint64]:
         """Draws that say which clusters give one image more when shares do not come out even."""
@@ -113,13 +112,13 @@ class SharesStep(Step):
             for part in range(shard_set.num_parts):
                 table = shard_set.read(part, ["image_id", "cluster_1"])
                 cluster.append(table["cluster_1"].to_numpy())
-                words.append(id_words(table["image_id"].to_pylist()))
+                words.append(words_of(table["image_id"]))
                 slots.append(np.full(table.num_rows, self.slots.begins[shard_set.source] + part))
         return np.concatenate(cluster), np.concatenate(words), np.concatenate(slots)
 
 
 def nominations(
-    ids: list[str],
+    ids: list[str] | pa.StringArray,
     slots: npt.NDArray[np.int64],
     number: int,
     copies: npt.NDArray[np.int32] | None = None,

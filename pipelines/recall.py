@@ -30,6 +30,7 @@ from curation.recall import Estimate, Recall, RecallTally, joined_with
 from curation.sampling import draw_ranks
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.join import read_sample
+from pipelines.partitioned import lists_column
 from pipelines.unit import Step
 from pipelines.vectors import BLOCK_ROWS, Vectors
 
@@ -137,8 +138,7 @@ class RecallStep(Step):
     vectors that have pairs weigh the same. The component figure decides: it is what a pair that was not found costs,
     whatever the engine; and it is never below the share compared, so lists that bring that to the target suffice.
 
-    `lists` is None for engines without lists. Else its column holds R * m lists a row, and may hold more than the
-    `lists_joined` nearest of each quantizer that the join compared: these tell what more of them would have given.
+    `lists` is None for engines without lists.
     """
 
     sample: str
@@ -196,14 +196,14 @@ class RecallStep(Step):
     def _lists(self, nodes: Int64) -> Int32:
         """The lists of `nodes`, int32 [n, R, m]."""
         assert self.lists is not None
-        flat = _picked(self.lists, "lists", nodes)
-        depth, rest = divmod(flat.shape[1], self.quantizers)
-        if rest or depth < self.lists_joined:
+        found = [_picked(self.lists, lists_column(number), nodes) for number in range(self.quantizers)]
+        depth = found[0].shape[1]
+        if depth < self.lists_joined:
             raise LvdError(
-                f"{self.lists} holds {flat.shape[1]} lists a vector, but the audit is of {self.quantizers} quantizers "
-                f"with {self.lists_joined} each: run dedup again with --overwrite"
+                f"{self.lists} holds {depth} lists a vector, but the audit is of {self.lists_joined}: "
+                "run dedup again with --overwrite"
             )
-        return flat.reshape(len(nodes), self.quantizers, depth)
+        return np.stack(found, axis=1)
 
 
 def _needed(lists: Int32, i: Int64, j: Int64) -> Int32:

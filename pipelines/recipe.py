@@ -79,15 +79,17 @@ class JoinSettings(Settings):
     """How near-copies are searched for: `auto` joins exactly up to a million images, in partitions beyond.
 
     Partitioned: each of `quantizers` keeps every image in the nearest of `num_lists` lists and compares it with what
-    lies in the `lists_joined` nearest, in partitions of about `partition_rows` images. Its recall is measured on
-    `recall_sample` images and must reach `min_recall`. FAISS: the `k` nearest in the index `index`, whose codes may
+    lies in the `lists_joined` nearest: `in_place` on a machine whose memory caches the vectors, else in partitions of
+    about `partition_rows` images that they travel to. Its recall is measured on `recall_sample` images and must reach
+    `min_recall`. FAISS: the `k` nearest in the index `index`, whose codes may
     under-estimate a similarity by `slack`.
     """
 
     engine: Literal["auto", "exact", "partitioned", "faiss"] = "auto"
     num_lists: Positive | None = None
     lists_joined: Positive = 32
-    quantizers: Positive = 4
+    quantizers: Positive | None = None
+    in_place: bool | None = None
     partition_rows: Positive = 1_000_000
     recall_sample: Positive = 4_000
     min_recall: Annotated[float, Field(ge=0, le=1)] = 0.99

@@ -19,17 +19,12 @@ from curation.errors import ConfigError
 from curation.hashing import id_words, keyed_hash
 from curation.manifest import Input
 from curation.neighbors import check_exact_size, merge_top_k, top_k
-from curation.partwise import matrix
+from curation.partwise import ids_of, matrix
 from curation.retrieval import clusters_hit, take_from_clusters
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.cluster import read_centroids
 from pipelines.unit import Step, Unit, set_input
 from pipelines.vectors import BLOCK_ROWS, Vectors, check_made_from, check_same_model, kept_part
-
-
-def id_texts(words: npt.NDArray[np.uint64]) -> list[str]:
-    """Image ids as hex from uint64 [n, 2]."""
-    return [f"{high:016x}{low:016x}" for high, low in words.tolist()]
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ class RetrieveStep(Step):
         count = similarity.shape[1]
         values = {
             "query_image_id": np.repeat(query_ids, count),
-            "image_id": id_texts(words.reshape(-1, 2)),
+            "image_id": ids_of(words.reshape(-1, 2)),
             "source": [places[slot][0].source for slot in slots.ravel()],
             "part": [places[slot][1] for slot in slots.ravel()],
             "mode": ["sample"] * slots.size,
@@ -133,7 +128,7 @@ class RetrieveStep(Step):
         for start in range(0, len(taken), GROUP_ROWS):
             rows = taken[start : start + GROUP_ROWS]
             values = {
-                "image_id": id_texts(words[rows]),
+                "image_id": ids_of(words[rows]),
                 "source": [places[slot][0].source for slot in slots[rows]],
                 "part": [places[slot][1] for slot in slots[rows]],
                 "mode": ["cluster"] * len(rows),

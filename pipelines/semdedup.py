@@ -47,9 +47,9 @@ def plan_semdedup(
     sample = SampleStep(*at("sample"), nodes, max(HUB_SAMPLE, POINTS_PER_CLUSTER * clusters), seed, "semdedup")
     quantizers = QuantizersStep(*at("quantizers"), sample.out, clusters, 1, seed)
     lists = ListsStep(*at("lists"), nodes, quantizers.out, 1)
-    layout = LayoutStep(*at("layout"), nodes, quantizers.out, lists.out, 1, engine.values["partition_rows"])
+    layout = LayoutStep(*at("layout"), nodes, quantizers.out, lists.out, engine.values["partition_rows"])
     scatter = ScatterStep(*at("scatter"), nodes, lists.out, layout.out, 0, 1, keep)
-    pairs = SemDedupStep(*at("pairs"), nodes, threshold, quantizers.out, lists.out, layout.out, scatter.out)
+    pairs = SemDedupStep(*at("pairs"), nodes, threshold, quantizers.out, layout.out, scatter.out)
     return Planned([sample, quantizers, lists, layout, scatter, pairs], [pairs.out], None)
 
 
@@ -60,7 +60,6 @@ class SemDedupStep(Step):
     nodes: Nodes
     threshold: float
     quantizers: str
-    lists: str
     layout: str
     scattered: str
 
@@ -74,7 +73,7 @@ class SemDedupStep(Step):
         return [self.scattered]
 
     def write_part(self, part: int, writer: PartWriter) -> None:
-        held = gather_partition(self.nodes, self.lists, self.scattered, part, [0], 1, "forest")
+        held = gather_partition(self.scattered, part, self.nodes.vectors.dim, 1)
         numbers, values, lists = held.numbers, held.values, held.lists
         centroids = read_quantizer(self.quantizers, 0).fine
         order = np.argsort(lists[:, 0], kind="stable")

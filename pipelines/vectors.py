@@ -13,8 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from curation.errors import ConfigError, LvdError
-from curation.hashing import id_words
-from curation.partwise import kept_ids, matrix, positions_in
+from curation.partwise import kept_ids, matrix, positions_in, words_of
 from curation.scoring import not_finite
 from curation.shards import ShardSet
 
@@ -76,8 +75,8 @@ class Vectors:
 
     def words(self, start: int, stop: int) -> npt.NDArray[np.uint64]:
         """Ids of vectors [start, stop), uint64 [stop - start, 2]."""
-        ids = [name for table in self._tables(start, stop, "image_id") for name in table["image_id"].to_pylist()]
-        return id_words(ids)
+        tables = self._tables(start, stop, "image_id")
+        return np.concatenate([np.zeros((0, 2), np.uint64), *(words_of(table["image_id"]) for table in tables)])
 
     def _tables(self, start: int, stop: int, column: str) -> Iterator[pa.Table]:
         first = int(np.searchsorted(self.offsets, start, side="right")) - 1

@@ -9,7 +9,7 @@ from curation import hubs
 from curation.components import spanning_forest
 from curation.errors import LvdError
 from curation.forest import Edges, Forest
-from curation.join import Best, Join, Rows, join_cells, rows_of, unique, visitors
+from curation.join import Best, Join, Members, Rows, join_cells, rows_of, unique, visitors
 from curation.products import Multiplier
 from curation.scoring import cosine_pairs
 
@@ -380,31 +380,28 @@ def test_visitors_are_who_visits_and_is_not_at_home(seed: int) -> None:
     rng = np.random.default_rng(seed)
     t = travel(rng, 80, 9, int(rng.integers(1, 6)))
     wanted = rng.random(int(t.num_cells.sum())) < rng.choice([0.5, 1.0])
-    offsets, rows = visitors(t.lists, t.home, t.first_cell, t.num_cells, wanted)
-    assert (offsets.dtype, rows.dtype) == (np.int64, np.int32)
-    assert len(offsets) == len(wanted) + 1
+    visiting = visitors(t.lists, t.home, t.first_cell, t.num_cells, wanted)
+    assert (visiting.offsets.dtype, visiting.rows.dtype) == (np.int64, np.int32)
+    assert len(visiting.offsets) == len(wanted) + 1
     for cell, is_wanted in enumerate(wanted):
         expected = [row for row in range(80) if is_wanted and cell in t.cells[row] and t.home[row] != cell]
-        assert rows[offsets[cell] : offsets[cell + 1]].tolist() == expected
+        assert visiting.of(cell).tolist() == expected
 
 
 def test_nobody_visits() -> None:
     t = travel(np.random.default_rng(0), 0, 3, 2)
-    offsets, rows = visitors(t.lists, t.home, t.first_cell, t.num_cells, np.ones(t.num_cells.sum(), dtype=bool))
-    assert offsets.tolist() == [0] * (t.num_cells.sum() + 1)
-    assert len(rows) == 0
+    visiting = visitors(t.lists, t.home, t.first_cell, t.num_cells, np.ones(t.num_cells.sum(), dtype=bool))
+    assert visiting.offsets.tolist() == [0] * (t.num_cells.sum() + 1)
+    assert len(visiting.rows) == 0
 
 
 def join_partition(join: Join, x: np.ndarray, t: Travel, wanted: np.ndarray, among: bool = True) -> None:
-    """Join what is held for the wanted cells: what is stored there, by cell, then the guests."""
-    stored = wanted[t.home]
-    visits = np.array([any(wanted[cell] for cell in cells) for cells in t.cells])
-    held = np.concatenate(
-        (np.flatnonzero(stored)[np.argsort(t.home[stored], kind="stable")], np.flatnonzero(visits & ~stored))
-    )
-    starts = np.concatenate(([0], np.cumsum(np.bincount(t.home[stored], minlength=len(wanted)))))
-    offsets, visiting = visitors(t.lists[held], t.home[held], t.first_cell, t.num_cells, wanted)
-    join_cells(join, rows_of(held, x[held]), starts, offsets, visiting, among)
+    """Join inside the wanted cells."""
+    rows = np.flatnonzero(wanted[t.home])
+    rows = rows[np.argsort(t.home[rows], kind="stable")].astype(np.int32)
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(t.home[rows], minlength=len(wanted)))))
+    visiting = visitors(t.lists, t.home, t.first_cell, t.num_cells, wanted)
+    join_cells(join, rows_of(np.arange(len(x)), x), Members(offsets, rows), visiting, among)
 
 
 def expected_visits(t: Travel) -> set[tuple[int, int]]:

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 
 from curation.errors import ConfigError
-from curation.partwise import fixed_size_lists, kept_ids, matrix, positions_in
+from curation.hashing import id_words
+from curation.partwise import fixed_size_lists, ids_of, kept_ids, matrix, positions_in, words_of
 from tests.builders import random_ids
 
 
@@ -61,3 +62,21 @@ def test_matrix_of_slices_and_chunks() -> None:
     pieces = pa.concat_tables([table.slice(2, 3), table.slice(0, 0), table.slice(7)])
     assert np.array_equal(matrix(pieces), values[[2, 3, 4, 7, 8, 9]])
     assert np.array_equal(matrix(table.slice(4, 2)), values[4:6])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ids_become_numbers_and_come_back(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = random_ids(rng, 30)
+    column = pa.chunked_array([pa.array(ids[:11]), pa.array([], pa.string()), pa.array(ids).slice(11, 16)])
+    found = words_of(column)
+    assert (found.dtype, found.shape) == (np.uint64, (27, 2))
+    assert found.tolist() == id_words(ids[:27]).tolist()
+    assert ids_of(found).to_pylist() == ids[:27]
+    assert ids_of(found[:0]).to_pylist() == [] and words_of(column.slice(0, 0)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("odd", ["ab" * 15, "ab" * 17, "", None])
+def test_ids_of_another_length_are_refused(odd: str | None) -> None:
+    with pytest.raises(ValueError, match="has not 32 characters"):
+        words_of(pa.chunked_array([pa.array(["ab" * 16, odd])]))

@@ -65,7 +65,7 @@ def slow_lists(x: np.ndarray, quantizer: Quantizer, m: int, probes: int) -> np.n
 @pytest.mark.parametrize("dim", [8, 24, 128])
 def test_nearest_lists_are_exactly_those(dim: int, seed: int, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks == "small":
-        for name, size in (("COARSE_BLOCK", 17), ("FINE_BLOCK", 60), ("TAKEN", 5)):
+        for name, size in (("COARSE_BLOCK", 17), ("FINE_BLOCK", 60), ("ROOM", 2)):
             monkeypatch.setattr(quantizer_module, name, size)
     rng = np.random.default_rng(seed)
     quantizer = random_quantizer(rng, 24, dim)

@@ -9,7 +9,7 @@ import pytest
 
 from curation.errors import ConfigError
 from curation.shards import ShardSet
-from pipelines import engine, faiss_join, join, partitioned, unit
+from pipelines import engine, faiss_join, flat, in_place, join, partitioned, unit
 from pipelines.join import ExactStep
 from pipelines.nodes import Nodes
 from pipelines.recipe import JoinSettings
@@ -32,9 +32,10 @@ from tests.pipelines.near_copies import (
 NUM = 54
 ENGINES = {
     "exact": joined("exact"),
-    "partitioned": all_lists(),
-    "one list": all_lists(num_lists=1, lists_joined=1, quantizers=1),
-    "scattered": all_lists(partition_rows=20, num_lists=4, lists_joined=4),
+    "partitioned": all_lists(in_place=True),
+    "one list": all_lists(in_place=True, num_lists=1, lists_joined=1, quantizers=1),
+    "one partition": all_lists(in_place=False),
+    "scattered": all_lists(in_place=False, partition_rows=20, num_lists=4, lists_joined=4),
     "faiss": joined("faiss", index="Flat", k=200),
 }
 
@@ -45,6 +46,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, rows in (
         (join, "SAMPLE_BLOCK", 11),
         (partitioned, "LIST_ROWS", 23),
+        (flat, "FLAT_ROWS", 19),
+        (in_place, "VISITS", 100),
         (faiss_join, "JOIN_ROWS", 17),
     ):
         monkeypatch.setattr(module, name, rows)
@@ -147,7 +150,7 @@ def test_what_was_resolved_is_recorded(tmp_path: Path) -> None:
         (0, "exact", {}),
         (1_000_000, "exact", {}),
         (1_000_001, "partitioned", {"num_lists": 16_384, "lists_joined": 32}),
-        (1_200_000_000, "partitioned", {"num_lists": 65_536, "quantizers": 4}),
+        (1_200_000_000, "partitioned", {"num_lists": 65_536, "quantizers": 13}),
     ],
 )
 def test_auto_takes_the_engine_by_the_number_of_vectors(num_nodes: int, name: str, values: dict[str, Any]) -> None:
@@ -170,5 +173,6 @@ def test_where_all_lists_are_joined_all_are(tmp_path: Path, monkeypatch: pytest.
     world = make_world(tmp_path, 1)
     execute(dedup_unit(tmp_path, world, join=all_lists(num_lists=num_lists, lists_joined=num_lists), references=[]))
     lists = ShardSet(str(tmp_path / "duplicates/_lists"))
-    rows = [row for part in range(lists.num_parts) for row in lists.read(part)["lists"].to_pylist()]
-    assert len(rows) == NUM and all(sorted(row) == sorted([*range(num_lists)] * 3) for row in rows)
+    for name in ("lists_0", "lists_1", "lists_2"):
+        rows = [row for part in range(lists.num_parts) for row in lists.read(part)[name].to_pylist()]
+        assert len(rows) == NUM and all(sorted(row) == [*range(num_lists)] for row in rows)

@@ -11,7 +11,7 @@ import pytest
 
 from curation import hubs
 from curation.shards import ShardSet
-from pipelines import join, partitioned, unit
+from pipelines import flat, in_place, join, partitioned, unit
 from pipelines.executor import LocalExecutor, Needs, Outcome, RayExecutor
 from pipelines.partitioned import read_layout
 from pipelines.progress import quiet
@@ -39,6 +39,11 @@ def lists_of(num: int, lists_joined: int, **values: Any) -> JoinSettings:
     )
 
 
+def travelling(partition_rows: int | None) -> dict[str, Any]:
+    """Settings of a join in partitions of so many rows; None is in place."""
+    return {"in_place": True} if partition_rows is None else {"in_place": False, "partition_rows": partition_rows}
+
+
 @pytest.fixture
 def _working_sets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unit, "_delete_working_sets", lambda steps: None)
@@ -47,6 +52,8 @@ def _working_sets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partitioned, "LIST_ROWS", 37)
+    monkeypatch.setattr(flat, "FLAT_ROWS", 31)
+    monkeypatch.setattr(in_place, "VISITS", 90)
     monkeypatch.setattr(join, "SAMPLE_BLOCK", 41)
 
 
@@ -57,22 +64,30 @@ def working(tmp_path: Path, name: str) -> ShardSet:
 def met(tmp_path: Path, lists_joined: int) -> Callable[[int, int], bool]:
     """Whether one of a pair is stored in a list that the other visits, under some quantizer."""
     stored = working(tmp_path, "lists")
-    rows = [row for part in range(stored.num_parts) for row in stored.read(part)["lists"].to_pylist()]
-    lists = np.asarray(rows).reshape(len(rows), -1, lists_joined)
+    tables = [stored.read(part) for part in range(stored.num_parts)]
+    columns = [[row for table in tables for row in table[name].to_pylist()] for name in tables[0].column_names]
+    lists = np.stack([np.asarray(column) for column in columns], axis=1)
+    assert lists.shape[2] == lists_joined
     return lambda i, j: any(a[0] in b or b[0] in a for a, b in zip(lists[i], lists[j], strict=True))
 
 
 @pytest.mark.usefixtures("_small_blocks", "_working_sets_stay")
-@pytest.mark.parametrize("partition_rows", [1000, 60, 11])
+@pytest.mark.parametrize("partition_rows", [None, 1000, 60, 11])
 @pytest.mark.parametrize(("seed", "lists_joined"), [(0, 1), (1, 2), (2, 3)])
-def test_pairs_meet_where_their_lists_say(tmp_path: Path, seed: int, lists_joined: int, partition_rows: int) -> None:
+def test_pairs_meet_where_their_lists_say(
+    tmp_path: Path, seed: int, lists_joined: int, partition_rows: int | None
+) -> None:
+    """None: in place."""
     world = make_world(tmp_path, seed, pool_sizes=(90, 60), num_families=70, dim=14)
-    settings = lists_of(40, lists_joined, quantizers=1 + seed % 2, partition_rows=partition_rows)
+    settings = lists_of(40, lists_joined, quantizers=1 + seed % 2, **travelling(partition_rows))
     execute(dedup_unit(tmp_path, world, references=[], join=settings, threshold=0.7))
     pairs, meet = all_pairs(world, 0.7), met(tmp_path, lists_joined)
     expected = [(a, b, s) for a, b, s in pairs if meet(a, b)]
     check_forest(stored_forest(tmp_path), expected, 150)
     assert maximum_forest(expected, 150) != maximum_forest(pairs, 150)  # else the lists would tell nothing
+    if partition_rows is None:
+        assert working(tmp_path, "leads").num_rows == 150
+        return
     layout = read_layout(working(tmp_path, "layout").uri, 0)
     assert (layout.num_partitions > 1) == (partition_rows < 150)
     assert (layout.num_cells > 1).any() == (partition_rows == 11)
@@ -87,8 +102,9 @@ def planted_hub(tmp_path: Path, seed: int, settings: JoinSettings, threshold: fl
 
 HUB_ENGINES = {
     "exact": joined("exact"),
-    "one partition": all_lists(),
-    "scattered": all_lists(partition_rows=250, num_lists=4, lists_joined=4, quantizers=1),
+    "in place": all_lists(in_place=True),
+    "one partition": all_lists(in_place=False),
+    "scattered": all_lists(in_place=False, partition_rows=250, num_lists=4, lists_joined=4, quantizers=1),
 }
 
 
@@ -125,12 +141,13 @@ def test_hubs_keep_components_at_every_threshold_below_tau(
 
 
 @pytest.mark.usefixtures("_working_sets_stay")
-@pytest.mark.parametrize(("quantizers", "partition_rows"), [(1, 1000), (3, 1000), (1, 120), (3, 120)])
+@pytest.mark.parametrize("partition_rows", [None, 1000, 120])
+@pytest.mark.parametrize("quantizers", [1, 3])
 def test_a_hub_costs_edges_linear_in_its_size(
-    tmp_path: Path, pair_edges: list[int], quantizers: int, partition_rows: int
+    tmp_path: Path, pair_edges: list[int], quantizers: int, partition_rows: int | None
 ) -> None:
     """Its members are scattered over lists and partitions, and hang together by their pivot nevertheless."""
-    settings = lists_of(32, 1, quantizers=quantizers, partition_rows=partition_rows)
+    settings = lists_of(32, 1, quantizers=quantizers, **travelling(partition_rows))
     world, num = planted_hub(tmp_path, 1, settings)
     assert pair_edges[0] <= 4 * num
     members = {i for a, b, s in all_pairs(world, 0.99) for i in (a, b)}
@@ -138,7 +155,7 @@ def test_a_hub_costs_edges_linear_in_its_size(
     assert len(members) >= 200 and pivots
     labels = labels_of(stored_forest(tmp_path), num)
     assert len({labels[member] for member in members & set(near(world, pivots[0]))}) == 1
-    lists = working(tmp_path, "lists").read(0)["lists"].to_pylist()
+    lists = working(tmp_path, "lists").read(0)["lists_0"].to_pylist()
     assert len({lists[member][0] for member in members}) > 1
 
 
@@ -167,11 +184,11 @@ def made(place: Path) -> dict[str, str]:
     return {name: value for name, value in fingerprints(place).items() if name[:2] not in ("e/", "i/")}
 
 
-SCATTERED = all_lists(partition_rows=60, num_lists=4, lists_joined=2, quantizers=2, min_recall=0)
+SCATTERED = all_lists(in_place=False, partition_rows=60, num_lists=4, lists_joined=2, quantizers=2, min_recall=0)
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize("settings", [SCATTERED, all_lists(quantizers=5)])
+@pytest.mark.parametrize("settings", [SCATTERED, all_lists(quantizers=5, in_place=True)])
 def test_killed_at_every_task_it_makes_each_part_once(tmp_path: Path, settings: JoinSettings) -> None:
     for place in (tmp_path / "whole", tmp_path / "killed"):
         world = make_world(place, 3, pool_sizes=(60, 40))
@@ -239,8 +256,9 @@ def test_a_partition_that_fails_is_made_alone(tmp_path: Path, monkeypatch: pytes
     assert [made(tmp_path / name) for name in names] == [made(tmp_path / "whole" / name) for name in names]
 
 
-def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
-    settings = all_lists(partition_rows=30, num_lists=5, lists_joined=5, quantizers=2)
+@pytest.mark.parametrize("partition_rows", [None, 30])
+def test_ray_gives_the_same_bytes(tmp_path: Path, partition_rows: int | None) -> None:
+    settings = all_lists(num_lists=5, lists_joined=5, quantizers=2, **travelling(partition_rows))
     local, spread = tmp_path / "local", tmp_path / "ray"
     for place in (local, spread):
         world = make_world(place, 4)
@@ -252,3 +270,16 @@ def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
         executor.close()
     assert made(local) == made(spread)
     assert found_rows(spread, world) == brute_force(world, 0.9, 0.8, "component")
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize(("seed", "hub"), [(0, 0), (1, 0), (2, 40)])
+def test_in_place_gives_the_bytes_that_partitions_give(tmp_path: Path, seed: int, hub: int) -> None:
+    """With lists that miss pairs, equal vectors, zero vectors, references and a hub."""
+    for rows in (None, 1000, 50):
+        world = make_world(tmp_path / str(rows), seed, pool_sizes=(110, 90), num_families=60, dim=12, hub=hub)
+        settings = lists_of(30, 2, quantizers=2, **travelling(rows))
+        execute(dedup_unit(tmp_path / str(rows), world, join=settings, threshold=0.8, reference_threshold=0.7))
+    in_place, one, many = (made(tmp_path / place) for place in ("None", "1000", "50"))
+    assert in_place == one == many
+    assert any(name.startswith("forest/") for name in in_place)

@@ -54,8 +54,8 @@ def test_the_figures_are_those_of_all_pairs(tmp_path: Path, monkeypatch: pytest.
     execute(dedup_unit(tmp_path, world, threshold=THRESHOLD, references=[], join=settings))
     (row,) = rows_of(tmp_path / "recall")
     pairs, label = all_pairs(world, THRESHOLD), labels_of(stored_forest(tmp_path), NUM)
-    lists = [r["lists"] for r in rows_of(tmp_path / "duplicates/_lists")]
-    flat = np.asarray(lists, np.int32).reshape(NUM, 2, 2)
+    lists = [[r["lists_0"], r["lists_1"]] for r in rows_of(tmp_path / "duplicates/_lists")]
+    flat = np.asarray(lists, np.int32)
     assert row["recall_component"] == pytest.approx(np.mean(shares(pairs, lambda a, b: label[a] == label[b])))
     for m in (1, 2):
         at = np.mean(shares(pairs, lambda a, b, m=m: joined_with(flat[[a]], flat[[b]])[0] <= m))

@@ -142,12 +142,13 @@ def write_components(tmp_path: Path, labels: np.ndarray) -> str:
 
 
 def write_lists(tmp_path: Path, lists: np.ndarray) -> str:
-    kind = pa.list_(pa.int32(), lists.shape[1] * lists.shape[2])
-    parts = cut(lists.reshape(len(lists), kind.list_size), [23, 24, 24])
+    kind = pa.list_(pa.int32(), lists.shape[2])
+    parts = cut(lists, [23, 24, 24])
     shard_set, origin = ShardSet(str(tmp_path / "lists")), Origin("lists", "test", 1, {}, ())
     shard_set.begin(origin)
     for number, part in enumerate(parts):
-        values = pa.table({"lists": fixed_size_lists(part, kind)})
+        columns = {f"lists_{r}": fixed_size_lists(np.ascontiguousarray(part[:, r]), kind) for r in range(part.shape[1])}
+        values = pa.table(columns)
         with PartWriter(shard_set.uri, number, values.schema, origin.fingerprint) as writer:
             writer.write(values, 6)  # row groups that are no multiple of what is read at once
     shard_set.finish(origin, len(parts), {})
@@ -314,7 +315,7 @@ def test_lists_and_components_of_another_making_are_refused(tmp_path: Path) -> N
     labels, lists = random_join(0)
     for place in ("a", "b"):
         write_pools(tmp_path / place, 0)
-    with pytest.raises(LvdError, match=r"holds 8 lists a vector, but the audit is of 2 quantizers with 5 each"):
+    with pytest.raises(LvdError, match=r"holds 4 lists a vector, but the audit is of 5"):
         audit(tmp_path / "a", labels, lists, lists_joined=5)
     with pytest.raises(LvdError, match=r"components has 23 rows, but row \d+ is audited"):
         audit(tmp_path / "b", labels[:-30], lists)

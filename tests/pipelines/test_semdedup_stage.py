@@ -24,7 +24,7 @@ def _working_sets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def stored_clusters(tmp_path: Path) -> tuple[list[int], np.ndarray]:
     """Cluster of each image, and the centroids."""
     lists = rows_of(tmp_path / "duplicates/_lists")
-    return [row["lists"][0] for row in lists], read_quantizer(str(tmp_path / "duplicates/_quantizers"), 0).fine
+    return [row["lists_0"][0] for row in lists], read_quantizer(str(tmp_path / "duplicates/_quantizers"), 0).fine
 
 
 def literal(tmp_path: Path, world: World) -> dict[str, str | None]:
