@@ -261,6 +261,9 @@ def retrieve(
     images_per_cluster: Annotated[int | None, typer.Option(help="Cluster-based: images of each cluster hit.")] = None,
     min_hits: Annotated[int, typer.Option(help="Query images that make a cluster hit.")] = 4,
     cap: Annotated[int | None, typer.Option(help="Cluster-based: images in all, at most.")] = None,
+    strategy: Annotated[str, typer.Option(help="Cluster-based: random or closest of a cluster.")] = "random",
+    engine: Annotated[str | None, typer.Option(help="Sample-based: auto, exact or partitioned.")] = None,
+    search: Annotated[list[str] | None, typer.Option(help="A key of retrieve, such as lists_joined=64.")] = None,
     clusters: Annotated[list[str] | None, typer.Option(help="Clusters of the pools, one set for each.")] = None,
     centroids: Annotated[str | None, typer.Option(help="The clusters' centroids.")] = None,
     seed: Seed = 0,
@@ -271,6 +274,8 @@ def retrieve(
 ) -> None:
     """Retrieve pool images that resemble a query set; they go to OUT/SOURCE.
 
+    Tells what was found, how many images of it are unique, and what smaller k would have brought.
+
     \b
     Examples:
       lvd retrieve steps/embeddings/default/flowers --pool steps/embeddings/default/web \\
@@ -280,16 +285,30 @@ def retrieve(
         --min-hits 2 --clusters steps/clusters/web --centroids steps/centroids \\
         --out by-cluster
     """
+    from cli.output import Format, print_tables
+    from curation.config import override
     from curation.errors import ConfigError
+    from curation.shards import ShardSet
     from curation.storage import absolute
-    from pipelines.retrieve import ClusterRule, RetrieveUnit
+    from curation.storage import join as place
+    from pipelines.recipe import RetrieveSettings
+    from pipelines.retrieval_tables import tables_of
+    from pipelines.retrieve import RetrieveUnit
+    from pipelines.retrieve_clusters import ClusterRule
 
     if images_per_cluster is not None and (not clusters or centroids is None):
         raise ConfigError("--images-per-cluster needs --clusters and --centroids")
-    rule = ClusterRule(images_per_cluster, min_hits, cap) if images_per_cluster is not None else None
+    if strategy not in ("random", "closest"):
+        raise ConfigError(f"--strategy {strategy}: give random or closest")
+    rule = None
+    if images_per_cluster is not None:
+        rule = ClusterRule(images_per_cluster, min_hits, cap, "closest" if strategy == "closest" else "random")
+    chosen = override({} if engine is None else {"engine": engine}, search or [])
+    settings = _settings(RetrieveSettings, "retrieve", **chosen)
     sets = (absolute(queries), _absolute(pools), _absolute(duplicates), _absolute(clusters))
-    unit = RetrieveUnit(*sets, absolute(centroids) if centroids else "", k, rule, seed, absolute(out))
+    unit = RetrieveUnit(*sets, absolute(centroids) if centroids else "", k, rule, seed, absolute(out), settings)
     _run(unit, overwrite, workers, address, local)
+    print_tables(tables_of(place(absolute(out), ShardSet(absolute(queries)).source)), Format.table)
 
 
 def rebalance(

@@ -4,38 +4,19 @@ Functions take blocks; callers stream over parts and merge (`merge_top_k`, `comp
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from curation.codes import Codes, allowances, at_most, cutoffs, encode
-from curation.errors import ConfigError
+from curation.codes import allowances, cutoffs, encode
+from curation.join import all_rows
+from curation.nearest import Nearest, query_rows
 from curation.products import Multiplier
-from curation.scoring import Vectors, check_comparable, cosine_pairs, norms
-
-MAX_EXACT_VECTORS = 1_000_000
-"""Exact search compares at most this many vectors with as many others; its time grows with their product."""
-
-QUERY_BLOCK = 1_024
-FIRST_CHUNK, LAST_CHUNK = 1_024, 65_536
-"""Rows of the pool that are looked at before the bounds rise again: few at first, when nothing is known."""
-MAX_HELD = 1 << 22
-"""Candidates for the k best of a block of queries that are held (24 bytes each) before they are scored."""
+from curation.scoring import Vectors, check_comparable, cosine_pairs
 
 Int64 = npt.NDArray[np.int64]
-Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint64]
-
-
-def check_exact_size(num_vectors: int, num_others: int) -> None:
-    """Raise ConfigError where num_vectors x num_others exceeds MAX_EXACT_VECTORS squared."""
-    if num_vectors * num_others > MAX_EXACT_VECTORS**2:
-        raise ConfigError(
-            f"exact search of {num_vectors:,} vectors against {num_others:,} is too large: it compares at most "
-            f"{MAX_EXACT_VECTORS:,} with {MAX_EXACT_VECTORS:,}; take a smaller pool"
-        )
 
 
 def pairs_above(x: Vectors, y: Vectors, threshold: float, *, symmetric: bool = False) -> tuple[Int64, Int64, Float32]:
@@ -74,9 +55,8 @@ def pairs_above(x: Vectors, y: Vectors, threshold: float, *, symmetric: bool = F
 def top_k(queries: Vectors, pool: Vectors, k: int, pool_words: Words) -> tuple[Int64, Float32]:
     """The k best rows of `pool` for each query, by (similarity descending, image id ascending): exact.
 
-    Codes propose what may be among the k best, by bounds on its score that rise as the pool goes by; then `scoring`
-    decides. Holds both sets' codes, d bytes a vector, and about MAX_HELD candidates; callers stream over pool blocks
-    and merge with `merge_top_k`.
+    Holds both sets' codes, d bytes a vector, and what `nearest.Nearest` holds of some queries; callers stream over pool
+    blocks and merge with `merge_top_k`, or keep a `Nearest`, which then knows what later blocks must surpass.
 
     Args:
         queries, pool: stored vectors [n, d] and [m, d].
@@ -91,95 +71,13 @@ def top_k(queries: Vectors, pool: Vectors, k: int, pool_words: Words) -> tuple[I
     rows = np.empty((len(queries), k), dtype=np.int64)
     similarity = np.empty((len(queries), k), dtype=np.float32)
     if rows.size:
-        id_rank = np.empty(len(pool), dtype=np.int64)
-        id_rank[np.lexsort((pool_words[:, 1], pool_words[:, 0]))] = np.arange(len(pool))
-        codes, multiplier, lengths = encode(pool), Multiplier(), norms(pool)
-        for start in range(0, len(queries), QUERY_BLOCK):
-            block = slice(start, start + QUERY_BLOCK)
-            best = _Best(queries[block], pool, codes, k, id_rank, lengths)
-            rows[block], similarity[block] = best.search(multiplier)
+        others, multiplier, size = all_rows(pool), Multiplier(), query_rows(k)
+        for start in range(0, len(queries), size):
+            block = slice(start, start + size)
+            nearest = Nearest(all_rows(queries[block]), k)
+            nearest.search(others, pool_words, multiplier)
+            similarity[block], _, rows[block] = nearest.best()
     return rows, similarity
-
-
-class _Best:
-    """The k best of one block of queries, found chunk by chunk of the pool."""
-
-    def __init__(
-        self, queries: Vectors, pool: Vectors, codes: Codes, k: int, id_rank: Int64, lengths: npt.NDArray[np.float64]
-    ) -> None:
-        self._queries, self._pool, self._k, self._id_rank, self._lengths = queries, pool, k, id_rank, lengths
-        self._left, self._right = encode(queries), codes
-        self._floor = np.full(len(queries), -np.inf, dtype=np.float32)  # each query's k-th best scores at least this
-        empty = np.zeros(0, dtype=np.int64)
-        self._held = (empty, empty, np.zeros(0, np.float32), np.zeros(0, np.float32))
-
-    def search(self, multiplier: Multiplier) -> tuple[Int64, Float32]:
-        allowance = allowances(self._right, float(self._left.error.max()))
-        start, size = 0, max(FIRST_CHUNK, 2 * self._k)
-        self._begin(size, multiplier)
-        while start < len(self._pool):
-            chunk = slice(start, start + size)
-            cutoff = cutoffs(self._floor, self._left)
-            for found in multiplier.candidates(self._left.values, self._right.values[chunk], cutoff, allowance[chunk]):
-                self._take(found[0], found[1] + np.int64(start), found[2])
-            self._raise()
-            start, size = start + size, min(2 * size, LAST_CHUNK)
-        return self._decide()
-
-    def _begin(self, size: int, multiplier: Multiplier) -> None:
-        """The first floors: each query's k-th highest lower bound among the first `size` rows of the pool."""
-        first = self._right.take(slice(0, size))
-        product = multiplier.products(self._left.values, first.values)
-        errors = self._left.error[:, None], first.error[None, :]
-        middle = product.astype(np.float32) * np.float32(first.scale**2)
-        least = middle - (at_most(product, *errors, first.scale) - middle)
-        self._floor = np.partition(least, len(first) - self._k, axis=1)[:, len(first) - self._k].copy()
-
-    def _take(self, i: Int32, j: Int64, product: Int32) -> None:
-        """Hold candidates with the least and the most that each can score."""
-        errors = self._left.error[i], self._right.error[j]
-        most = at_most(product, *errors, self._right.scale)
-        middle = product.astype(np.float32) * np.float32(self._right.scale**2)
-        fresh = (i.astype(np.int64), j, middle - (most - middle), most)
-        if len(self._held[0]) + len(i) > MAX_HELD:
-            self._raise()
-            self._score()
-        rows, others, lower, upper = self._held
-        self._held = (
-            np.concatenate([rows, fresh[0]]),
-            np.concatenate([others, fresh[1]]),
-            np.concatenate([lower, fresh[2]]),
-            np.concatenate([upper, fresh[3]]),
-        )
-
-    def _raise(self) -> None:
-        """Raise each query's floor to the k-th highest lower bound, and drop what can no longer be among the k best."""
-        i, _, least, most = self._held
-        order = np.lexsort((-least, i))
-        first = np.searchsorted(i[order], np.arange(len(self._queries) + 1))
-        full = np.flatnonzero(np.diff(first) >= self._k)
-        self._floor[full] = np.maximum(self._floor[full], least[order[first[full] + self._k - 1]])
-        self._keep(most >= self._floor[i])
-
-    def _score(self) -> None:
-        """Replace the bounds of what is held by scores; of equal scores the k of lowest id stay."""
-        i, j, _, _ = self._held
-        score = cosine_pairs(self._queries, i, self._pool, j, None, self._lengths)
-        order = np.lexsort((self._id_rank[j], -score, i))
-        place = np.arange(len(order)) - np.searchsorted(i[order], i[order])
-        self._held = (i, j, score, score)
-        self._keep(np.sort(order[place < self._k]))
-
-    def _keep(self, chosen: npt.NDArray[Any]) -> None:
-        i, j, least, most = self._held
-        self._held = (i[chosen], j[chosen], least[chosen], most[chosen])
-
-    def _decide(self) -> tuple[Int64, Float32]:
-        self._score()
-        i, j, score, _ = self._held
-        order = np.lexsort((self._id_rank[j], -score, i))
-        shape = (len(self._queries), self._k)
-        return j[order].reshape(shape), score[order].reshape(shape)
 
 
 def merge_top_k(

@@ -57,19 +57,25 @@ DUPLICATES = pa.schema(
     ]
 )
 
-CLUSTERS = pa.schema(
-    [ID, pa.field("cluster_1", pa.int32(), nullable=False), pa.field("distance", pa.float32(), nullable=False)]
-)
+
+def clusters(levels: int) -> pa.Schema:
+    """The schema of the clusters that images lie in, of so many levels; level 1 is the finest."""
+    columns = [pa.field(f"cluster_{level}", pa.int32(), nullable=False) for level in range(1, levels + 1)]
+    return pa.schema([ID, *columns, pa.field("distance", pa.float32(), nullable=False)])
+
+
+CLUSTERS = clusters(1)
 
 
 def centroids(dim: int) -> pa.Schema:
-    """The schema of centroids of `dim` numbers; a centroid's row is its number."""
+    """The schema of centroids of `dim` numbers, finest level first, in the order of their numbers."""
     item = pa.field("item", pa.float32(), nullable=False)
     return pa.schema(
         [
             pa.field("level", pa.int32(), nullable=False),
             pa.field("cluster", pa.int32(), nullable=False),
             pa.field("centroid", pa.list_(item, dim)),
+            pa.field("parent", pa.int32()),
         ]
     )
 

@@ -12,6 +12,7 @@ from curation import storage
 from curation.errors import LvdError
 from curation.shards import ReadableParquet, ShardSet
 from pipelines.filter import BUCKET_ROWS
+from pipelines.levels import levels_of
 from pipelines.price import chosen_engine, price_tables, size_text
 from pipelines.raw import find_files, find_images
 from pipelines.recipe import PartSettings, Recipe, SourceSettings
@@ -123,7 +124,8 @@ def _expected(
     if pool_rows is not None and chosen_engine(recipe.dedup, pool_rows) in ("partitioned", "faiss"):
         yield "dedup", "recall", 1, 400, 1
     if plan.needs_clusters:
-        yield "cluster", "centroids", recipe.cluster.num_clusters, 2 * VECTOR_BYTES, 1
+        levels = levels_of(recipe.cluster, pool_rows or 1) if pool_rows or not recipe.cluster.preset else ()
+        yield "cluster", "centroids", sum(x.num_clusters for x in levels) or None, 2 * VECTOR_BYTES, 1
         for name in plan.pools:
             yield "cluster", f"clusters/{name}", rows[name], 40, None
     for name in plan.retrieved_for:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from curation.sampling import entropy, gini
+from curation.balance_measures import entropy, gini
 from pipelines.catalog import open_catalog
 from pipelines.stats import Table
 

@@ -1,187 +1,34 @@
 """Stage `rebalance`: the selection, one row for each image of the final set, with every reason it is there for.
 
-1. `shares`: for parts balanced over clusters, how often each pool image is taken. Holds about 90 bytes an image.
-2. `nominations`: what each part of the recipe asks for, scattered by id prefix.
+1. `shares`: for parts balanced over clusters, how often each pool image is taken (`pipelines.balanced`).
+2. `nominations`: what each part of the recipe asks for, scattered by id prefix (`pipelines.nominations`).
 3. `merged`: images of one range of ids made unique, sorted by where their bytes lie. Holds BUCKET_ROWS nominations.
-4. `selection`: part k holds the selected images of part k of all sources' images, numbered through, in their order.
+4. `mixture`, where the recipe has one: what of them makes a set of exact size and ratios (`pipelines.mixing`).
+5. `selection`: part k holds the selected images of part k of all sources' images, numbered through, in their order.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from curation import schemas, storage
 from curation.errors import ConfigError
-from curation.hashing import bucket_of, id_words, keyed_hash
 from curation.manifest import Input
-from curation.partwise import ids_of, kept_ids, words_of
-from curation.sampling import draw_copies, equal_shares
+from curation.partwise import kept_ids
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
+from pipelines.balanced import SharesStep
+from pipelines.mixing import MixtureStep, in_mixture
+from pipelines.nominations import NOMINATIONS, Asked, NominationsStep, Slots
 from pipelines.recipe import PartSettings
 from pipelines.unit import Step, Unit, set_input
+from pipelines.vectors import check_made_from
 
 BUCKET_ROWS = 500_000
 
-NOMINATIONS = pa.schema(
-    [
-        schemas.ID,
-        pa.field("slot", pa.int64(), nullable=False),
-        pa.field("copies", pa.int32(), nullable=False),
-        pa.field("recipe_part", pa.int32(), nullable=False),
-        pa.field("rank", pa.int32()),
-        pa.field("similarity", pa.float32()),
-    ]
-)
 MERGED = pa.schema([schemas.ID, pa.field("slot", pa.int64()), *list(schemas.SELECTION)[2:]])
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Parts of several sources' sets, numbered through; a slot is one such number."""
-
-    uris: tuple[str, ...]
-
-    @cached_property
-    def sets(self) -> list[ShardSet]:
-        return [ShardSet(uri) for uri in self.uris]
-
-    @cached_property
-    def begins(self) -> dict[str, int]:
-        """The first slot of each source."""
-        found, begin = {}, 0
-        for shard_set in self.sets:
-            found[shard_set.source] = begin
-            begin += shard_set.num_parts
-        return found
-
-    def __len__(self) -> int:
-        return sum(shard_set.num_parts for shard_set in self.sets)
-
-    def at(self, slot: int) -> tuple[ShardSet, int]:
-        """The set and the part that a slot is."""
-        for shard_set in self.sets:
-            if slot < shard_set.num_parts:
-                return shard_set, slot
-            slot -= shard_set.num_parts
-        raise IndexError(slot)
-
-
-@dataclass
-class SharesStep(Step):
-    """Part i: the nominations of the i-th balanced part of the recipe."""
-
-    clusters: list[str]
-    parts: list[tuple[int, PartSettings]]
-    slots: Slots
-    seed: int
-
-    def schema(self) -> pa.Schema:
-        return NOMINATIONS
-
-    def num_parts(self) -> int:
-        return len(self.parts)
-
-    def write_part(self, part: int, writer: PartWriter) -> None:
-        number, settings = self.parts[part]
-        cluster, words, slots = self._rows()
-        sizes = np.bincount(cluster)
-        shares = equal_shares(sizes, settings.target or 0, settings.max_copies, self._order(len(sizes), number))
-        draw = keyed_hash(self.seed, f"balance {number}", words)
-        copies = draw_copies(cluster, shares, draw, words)
-        taken = np.flatnonzero(copies)
-        for start in range(0, len(taken), GROUP_ROWS):
-            rows = taken[start : start + GROUP_ROWS]
-            writer.write(nominations(ids_of(words[rows]), slots[rows], number, copies[rows]))
-
-    def _order(self, num_clusters: int, number: int) -> npt.NDArray[np.uint64]:
-        """Draws that say which clusters give one image more when shares do not come out even."""
-        numbers = np.zeros((num_clusters, 2), np.uint64)
-        numbers[:, 1] = np.arange(num_clusters)
-        return keyed_hash(self.seed, f"balance clusters {number}", numbers)
-
-    def _rows(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-        cluster, words = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.uint64)]
-        slots = [np.zeros(0, np.int64)]
-        for uri in self.clusters:
-            shard_set = ShardSet(uri)
-            for part in range(shard_set.num_parts):
-                table = shard_set.read(part, ["image_id", "cluster_1"])
-                cluster.append(table["cluster_1"].to_numpy())
-                words.append(words_of(table["image_id"]))
-                slots.append(np.full(table.num_rows, self.slots.begins[shard_set.source] + part))
-        return np.concatenate(cluster), np.concatenate(words), np.concatenate(slots)
-
-
-def nominations(
-    ids: list[str] | pa.StringArray,
-    slots: npt.NDArray[np.int64],
-    number: int,
-    copies: npt.NDArray[np.int32] | None = None,
-    table: pa.Table | None = None,
-) -> pa.Table:
-    """Nominations by part `number` of the recipe; rank and similarity from the table of what was retrieved, if any."""
-    count = len(ids)
-    columns = [
-        pa.array(ids, pa.string()),
-        pa.array(slots, pa.int64()),
-        pa.array(np.ones(count, np.int32) if copies is None else copies, pa.int32()),
-        pa.array(np.full(count, number, np.int32)),
-        table["rank"] if table is not None else pa.nulls(count, pa.int32()),
-        table["similarity"] if table is not None else pa.nulls(count, pa.float32()),
-    ]
-    return pa.table(columns, schema=NOMINATIONS)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One set that nominates: what a part of the recipe refers to."""
-
-    recipe_part: int
-    kind: str
-    uri: str
-    mode: str | None = None
-
-
-@dataclass
-class NominationsStep(Step):
-    """One part for each part of every set that nominates, scattered by id prefix."""
-
-    asked: list[Asked]
-    slots: Slots
-    buckets: int
-
-    def schema(self) -> pa.Schema:
-        return NOMINATIONS
-
-    def num_parts(self) -> int:
-        return sum(ShardSet(asked.uri).num_parts for asked in self.asked)
-
-    def write_part(self, part: int, writer: PartWriter) -> None:
-        for asked in self.asked:
-            shard_set = ShardSet(asked.uri)
-            if part < shard_set.num_parts:
-                table = self._nominated(asked, shard_set, part)
-                words = id_words(table["image_id"].to_pylist())
-                writer.write_buckets(table, bucket_of(words[:, 0], self.buckets))
-                return
-            part -= shard_set.num_parts
-
-    def _nominated(self, asked: Asked, shard_set: ShardSet, part: int) -> pa.Table:
-        table = shard_set.read(part)
-        if asked.kind == "filtered":
-            ids = kept_ids(table)
-            return nominations(ids, np.full(len(ids), self.slots.begins[shard_set.source] + part), asked.recipe_part)
-        if asked.kind == "shares":
-            return table
-        table = table.filter(pa.array([mode == asked.mode for mode in table["mode"].to_pylist()], pa.bool_()))
-        begins = [self.slots.begins[source] for source in table["source"].to_pylist()]
-        slots = np.asarray(begins, np.int64) + table["part"].to_numpy()
-        return nominations(table["image_id"].to_pylist(), slots, asked.recipe_part, table=table)
 
 
 @dataclass
@@ -243,6 +90,9 @@ class SelectionStep(Step):
 
     merged: str
     slots: Slots
+    parts: list[PartSettings]
+    mixture: str | None
+    seed: int
 
     def schema(self) -> pa.Schema:
         return schemas.SELECTION
@@ -252,6 +102,8 @@ class SelectionStep(Step):
 
     def write_part(self, part: int, writer: PartWriter) -> None:
         table = pa.concat_tables([MERGED.empty_table(), *ShardSet(self.merged).lookup("slot", part)])
+        if self.mixture is not None:
+            table = table.filter(pa.array(in_mixture(table, self.mixture, self.parts, self.seed)))
         filtered, place = self.slots.at(part)
         order = {name: i for i, name in enumerate(kept_ids(filtered.read(place, ["image_id", "kept"])))}
         names = table["image_id"].to_pylist()
@@ -272,6 +124,8 @@ class RebalanceUnit(Unit):
             lie in several, the first provides them.
         retrieved: `retrieved` set of each query set that parts refer to.
         clusters: of the pools; used by balanced parts alone.
+        embeddings: of the pools, by the model of the clusters; used by balanced parts that are spread alone.
+        mixture: the size of the set, which the parts share by their ratios; None takes all that parts ask for.
     """
 
     parts: list[PartSettings]
@@ -280,6 +134,8 @@ class RebalanceUnit(Unit):
     clusters: list[str]
     seed: int
     out: str
+    embeddings: list[str] = field(default_factory=list)
+    mixture: int | None = None
 
     stage = "rebalance"
 
@@ -292,15 +148,26 @@ class RebalanceUnit(Unit):
         found += [set_input(uri, "retrieved") for uri in self.retrieved.values()]
         if self._balanced():
             found += [set_input(uri, "clusters") for uri in self.clusters]
+        if any(part.balanced and part.strategy == "spread" for part in self.parts):
+            found += [set_input(uri, "embeddings") for uri in self._spread_over()]
         return found
+
+    def _spread_over(self) -> list[str]:
+        """The vectors that the clusters were made from. Raises ConfigError where they are not at hand."""
+        vectors = {ShardSet(uri).source: uri for uri in self.embeddings}
+        for uri in self.clusters:
+            if ShardSet(uri).source not in vectors:
+                raise ConfigError(f"strategy spread needs the vectors that {uri} was made from")
+            check_made_from(uri, [vectors[ShardSet(uri).source]])
+        return self.embeddings
 
     def _balanced(self) -> list[tuple[int, PartSettings]]:
         return [(number, part) for number, part in enumerate(self.parts) if part.balanced]
 
     def config(self) -> dict[str, Any]:
-        keys = {"name", "as_is", "retrieved", "mode", "balanced", "target", "max_copies"}
+        keys = {"name", "as_is", "retrieved", "mode", "balanced", "target", "max_copies", "levels", "strategy", "ratio"}
         parts = {str(i): p.model_dump(include=keys, exclude_none=True) for i, p in enumerate(self.parts)}
-        return {"parts": parts, "seed": self.seed}
+        return {"parts": parts, "seed": self.seed} | ({"mixture": self.mixture} if self.mixture else {})
 
     def steps(self) -> list[Step]:
         slots = Slots(tuple(self.filtered))
@@ -308,11 +175,17 @@ class RebalanceUnit(Unit):
         sources = self._asked(shares)
         rows = sum(ShardSet(a.uri).num_rows for a in sources if a.kind != "shares")
         buckets = max(1, -(-(rows + sum(p.target or 0 for p in self.parts)) // BUCKET_ROWS))
+        mixed: list[Step] = []
+        limits = None
+        if self.mixture:
+            limits = storage.join(self.out, "_mixture")
+            mixed = [MixtureStep(limits, "mixture", {}, False, merged, self.parts, self.mixture, self.seed)]
         return [
-            SharesStep(shares, "shares", {}, False, self.clusters, self._balanced(), slots, self.seed),
+            SharesStep(shares, "shares", {}, False, self.clusters, self.embeddings, self._balanced(), slots, self.seed),
             NominationsStep(asked, "nominations", {}, False, sources, slots, buckets),
             MergedStep(merged, "merged", {}, False, asked, self.parts, buckets),
-            SelectionStep(self.out, "selection", {}, True, merged, slots),
+            *mixed,
+            SelectionStep(self.out, "selection", {}, True, merged, slots, self.parts, limits, self.seed),
         ]
 
     def _asked(self, shares: str) -> list[Asked]:

@@ -2,6 +2,7 @@
 
 import os
 from importlib import resources
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -118,17 +119,73 @@ class DedupSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """Spherical k-means, fitted on the `sample` images of lowest keyed hash."""
+    """Spherical k-means, fitted on the `sample` images of lowest keyed hash, and levels of clusters above.
+
+    `init` is by default a subsample, and clusters within clusters from 100,000 on; with levels, k-means||, as these
+    need a start that is spread out. Rounds end early once the objective falls by at most `tolerance` of it. At most
+    `memory_rows` images are fitted in memory; a larger sample is streamed.
+
+    `levels` are numbers of clusters, of level 2 first; `preset` has those of a publication, `num_clusters` included, at
+    `fraction` finest clusters an image, by default its own. A level is fitted `fits` times, the finest `finest_fits`:
+    first on all, then on the points nearest to its centroids.
+    """
 
     embedder: Name = "default"
     num_clusters: Positive = 1000
     iterations: Positive = 20
     sample: Positive = 1_000_000
     threads: Positive = 1
+    init: Literal["subsample", "k-means++", "k-means||"] | None = None
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    memory_rows: Positive = 4_000_000
+    levels: list[Positive] = Field(default_factory=list)
+    preset: Literal["vo4", "dinov3"] | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    fits: Positive = 10
+    finest_fits: Positive = 1
+
+    @model_validator(mode="after")
+    def _one_hierarchy(self) -> "ClusterSettings":
+        if self.preset and (self.levels or "num_clusters" in self.model_fields_set):
+            raise ValueError("preset says how many clusters each level has: leave out levels and num_clusters")
+        if self.fraction is not None and not self.preset:
+            raise ValueError("fraction goes with preset, and with nothing else")
+        for below, above in pairwise((self.num_clusters, *self.levels)):
+            if above > below:
+                raise ValueError(f"levels: {above:,} clusters cannot lie above {below:,}; each level has fewer")
+        return self
+
+
+class RetrieveSettings(Settings):
+    """How the nearest images are searched for: `auto` compares all up to 10**12 pairs, beyond by lists.
+
+    Partitioned: each of `quantizers` keeps every pool image in the nearest of `num_lists` lists, and every query image
+    is compared with what lies in the `lists_joined` nearest; a task holds about `partition_rows` pool images. Its
+    recall is measured on `recall_sample` query images and must reach `min_recall`.
+    """
+
+    engine: Literal["auto", "exact", "partitioned"] = "auto"
+    num_lists: Positive | None = None
+    lists_joined: Positive = 256
+    quantizers: Positive = 6
+    partition_rows: Positive = 250_000
+    recall_sample: Positive = 1_000
+    min_recall: Annotated[float, Field(ge=0, le=1)] = 0.99
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class MixtureSettings(Settings):
+    """A set of exactly `target` images, shared out to the parts by their `ratio`."""
+
+    target: Positive
 
 
 class PartSettings(Settings):
     """One part of the final set: exactly one of `as_is`, `retrieved` (names of sources) and `balanced`.
+
+    A balanced part takes exactly `target` images, from clusters in equal shares: top-down over all `levels`, or over
+    the finest alone. Within one it takes `random` ones, the `closest` to the centroid, or ones `spread` over it; the
+    first two also say what cluster-based retrieval takes. `ratio` is the part's weight in a mixture.
 
     `images` and `clusters_hit` are what is expected, for `plan`, where the data is not at hand.
     """
@@ -144,6 +201,9 @@ class PartSettings(Settings):
     cap: Positive | None = None
     target: Positive | None = None
     max_copies: Positive = 1
+    levels: bool = True
+    strategy: Literal["random", "closest", "spread"] = "random"
+    ratio: Annotated[float, Field(gt=0)] | None = None
     images: Positive | None = None
     clusters_hit: Positive | None = None
 
@@ -159,6 +219,12 @@ class PartSettings(Settings):
             raise ValueError("images_per_cluster goes with mode cluster, and with nothing else")
         if (self.balanced is not None) != (self.target is not None):
             raise ValueError("target goes with balanced, and with nothing else")
+        if self.balanced is None and "levels" in self.model_fields_set:
+            raise ValueError("levels goes with balanced, and with nothing else")
+        if self.balanced is None and self.mode != "cluster" and "strategy" in self.model_fields_set:
+            raise ValueError("strategy goes with balanced and with mode cluster, and with nothing else")
+        if self.mode == "cluster" and self.strategy == "spread":
+            raise ValueError("mode cluster takes random images or the closest; spread goes with balanced")
         return self
 
     @property
@@ -206,7 +272,9 @@ class Recipe(Settings):
     filter: FilterSettings = FilterSettings()
     dedup: DedupSettings = DedupSettings()
     cluster: ClusterSettings = ClusterSettings()
+    retrieve: RetrieveSettings = RetrieveSettings()
     parts: Annotated[list[PartSettings], Field(min_length=1)]
+    mixture: MixtureSettings | None = None
     shard: ShardSettings = ShardSettings()
 
     @model_validator(mode="after")
@@ -228,6 +296,15 @@ class Recipe(Settings):
         for name, mode in pairs:
             if pairs.count((name, mode)) > 1:
                 raise ValueError(f"parts: {name} is retrieved twice with mode {mode}; once is enough")
+        return self
+
+    @model_validator(mode="after")
+    def _ratios(self) -> "Recipe":
+        for number, part in enumerate(self.parts):
+            if self.mixture is None and part.ratio is not None:
+                raise ValueError(f"parts.{number}: ratio goes with a mixture; set mixture.target")
+            if self.mixture is not None and part.ratio is None:
+                raise ValueError(f"parts.{number}: {part.title} needs a ratio, since mixture.target is shared out")
         return self
 
     def _check_part(self, number: int, part: PartSettings) -> None:

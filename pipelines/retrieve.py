@@ -1,12 +1,11 @@
 """Stage `retrieve`: what of the pools resembles one query set (DINOv2, section 3 and appendix A.4).
 
-Sample-based: the k nearest kept pool images of each query image. Cluster-based: images of the clusters in which at
-least `min_hits` query images fall. A sample task holds one part of the queries and one block of the pool, and its
-time grows with their product; the cluster task holds about 140 bytes for each pool image in a cluster hit.
+Sample-based: the k nearest kept pool images of each query image (`pipelines.near`, `pipelines.near_lists`).
+Cluster-based: images of the clusters in which at least `min_hits` query images fall (`pipelines.retrieve_clusters`).
+Here both become one set. A part holds what was found for one part of the queries, or a group of rows of the clusters'.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,37 +13,30 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from curation import schemas, storage
-from curation.clustering import assign
 from curation.errors import ConfigError
-from curation.hashing import id_words, keyed_hash
 from curation.manifest import Input
-from curation.neighbors import check_exact_size, merge_top_k, top_k
-from curation.partwise import ids_of, matrix
-from curation.retrieval import clusters_hit, take_from_clusters
+from curation.partwise import ids_of
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
-from pipelines.cluster import read_centroids
+from pipelines.engine import Engine
+from pipelines.near import KeptNodes, merged
+from pipelines.recipe import RetrieveSettings
+from pipelines.retrieve_clusters import ClusterRule, cluster_columns, retrieved_members
+from pipelines.retrieve_engine import Search, resolve
 from pipelines.unit import Step, Unit, set_input
-from pipelines.vectors import BLOCK_ROWS, Vectors, check_made_from, check_same_model, kept_part
+from pipelines.vectors import Vectors, check_made_from, check_same_model
 
-
-@dataclass(frozen=True)
-class ClusterRule:
-    """Cluster-based retrieval: `images_per_cluster` of each cluster with at least `min_hits` queries, `cap` in all."""
-
-    images_per_cluster: int
-    min_hits: int
-    cap: int | None
+Int64 = npt.NDArray[np.int64]
 
 
 @dataclass
 class RetrieveStep(Step):
-    """`retrieved/QUERY`: with `k`, one part for each part of the queries; with `rule`, one part more."""
+    """`retrieved/QUERY`: with `k`, one part for each part of the queries, from `near`; with `rule`, one part more."""
 
     queries: str
     pools: list[str]
-    duplicates: list[str]
     clusters: list[str]
     centroids: str
+    near: str
     k: int | None
     rule: ClusterRule | None
     seed: int
@@ -65,121 +57,42 @@ class RetrieveStep(Step):
             self._write_clusters(self.rule, writer)
 
     def _write_sample(self, part: int, writer: PartWriter) -> None:
-        table = ShardSet(self.queries).read(part)
-        queries, query_ids = matrix(table), table["image_id"].to_pylist()
-        if not query_ids:
-            return
-        similarity = np.zeros((len(queries), 0), np.float32)
-        words = np.zeros((len(queries), 0, 2), np.uint64)
-        slots = np.zeros((len(queries), 0), np.int64)
-        k = self.k or 0
-        for block, block_words, block_slots in self._blocks():
-            rows, near = top_k(queries, block, k, block_words)
-            found = ([similarity, near], [words, block_words[rows]], [slots, block_slots[rows]])
-            similarity, words, slots = merge_top_k(*found, k)
-        writer.write(self._sample_table(query_ids, similarity, words, slots), GROUP_ROWS)
-
-    def _sample_table(
-        self,
-        query_ids: list[str],
-        similarity: npt.NDArray[np.float32],
-        words: npt.NDArray[np.uint64],
-        slots: npt.NDArray[np.int64],
-    ) -> pa.Table:
-        """Neighbors [queries, k] as rows, queries in order, best first."""
-        places = Vectors(self.pools).places
-        count = similarity.shape[1]
+        """Queries in order, their neighbors best first."""
+        queries, pools = ShardSet(self.queries), Vectors(self.pools)
+        table = merged(self.near, part, self.k or 0)
+        row = table["query"].to_numpy() - queries.offsets[part]
+        slots = np.searchsorted(pools.offsets, table["number"].to_numpy(), side="right") - 1
         values = {
-            "query_image_id": np.repeat(query_ids, count),
-            "image_id": ids_of(words.reshape(-1, 2)),
-            "source": [places[slot][0].source for slot in slots.ravel()],
-            "part": [places[slot][1] for slot in slots.ravel()],
-            "mode": ["sample"] * slots.size,
-            "rank": np.tile(np.arange(1, count + 1), len(query_ids)),
-            "similarity": similarity.ravel(),
+            "query_image_id": queries.read(part, ["image_id"])["image_id"].take(pa.array(row)),
+            "image_id": ids_of(np.stack([table["high"], table["low"]], axis=1)),
+            "mode": pa.array(["sample"] * len(row)),
+            "rank": pa.array(1 + np.arange(len(row)) - np.searchsorted(row, row), pa.int32()),
+            "similarity": table["similarity"],
         }
-        return _retrieved(values)
-
-    def _blocks(self) -> Iterator[tuple[npt.NDArray[np.float16], npt.NDArray[np.uint64], npt.NDArray[np.int64]]]:
-        """Kept pool vectors with their ids and parts, in blocks of about BLOCK_ROWS."""
-        vectors: list[npt.NDArray[np.float16]] = []
-        ids: list[str] = []
-        slots: list[int] = []
-        slot = 0
-        for embeddings, duplicates in zip(self.pools, self.duplicates, strict=True):
-            for part in range(ShardSet(embeddings).num_parts):
-                names, found = kept_part(ShardSet(embeddings), ShardSet(duplicates), part)
-                vectors.append(found)
-                ids += names
-                slots += [slot] * len(names)
-                slot += 1
-                if len(ids) >= BLOCK_ROWS:
-                    yield np.concatenate(vectors), id_words(ids), np.asarray(slots)
-                    vectors, ids, slots = [], [], []
-        if ids:
-            yield np.concatenate(vectors), id_words(ids), np.asarray(slots)
+        writer.write(self._retrieved(slots, values), GROUP_ROWS)
 
     def _write_clusters(self, rule: ClusterRule, writer: PartWriter) -> None:
-        hit = clusters_hit(self._query_counts(), rule.min_hits)
-        cluster, words, slots = self._members(hit)
-        draw = keyed_hash(self.seed, f"retrieve {ShardSet(self.queries).source}", words)
-        taken = take_from_clusters(cluster, draw, words, hit, rule.images_per_cluster, rule.cap)
+        members = retrieved_members(self.queries, self.clusters, self.centroids, rule, self.seed)
+        for slots, values in cluster_columns(members):
+            writer.write(self._retrieved(slots, {**values, "mode": pa.array(["cluster"] * len(slots))}))
+
+    def _retrieved(self, slots: Int64, values: dict[str, Any]) -> pa.Table:
+        """A table of retrieved images in parts `slots` of the pools; columns that do not apply are null."""
         places = Vectors(self.pools).places
-        for start in range(0, len(taken), GROUP_ROWS):
-            rows = taken[start : start + GROUP_ROWS]
-            values = {
-                "image_id": ids_of(words[rows]),
-                "source": [places[slot][0].source for slot in slots[rows]],
-                "part": [places[slot][1] for slot in slots[rows]],
-                "mode": ["cluster"] * len(rows),
-                "cluster": cluster[rows],
-            }
-            writer.write(_retrieved(values))
-
-    def _query_counts(self) -> npt.NDArray[np.int64]:
-        """How many query images fall into each cluster, int64 [k]."""
-        centroids = read_centroids(self.centroids)
-        counts = np.zeros(len(centroids), np.int64)
-        queries = ShardSet(self.queries)
-        for part in range(queries.num_parts):
-            vectors = matrix(queries.read(part, ["embedding"]))
-            if len(vectors):
-                counts += np.bincount(assign(vectors, centroids)[0], minlength=len(centroids))
-        return counts
-
-    def _members(
-        self, hit: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-        """Cluster, id and part number of every pool image in the clusters hit."""
-        clusters: list[npt.NDArray[np.int32]] = [np.zeros(0, np.int32)]
-        words = [np.zeros((0, 2), np.uint64)]
-        slots = [np.zeros(0, np.int64)]
-        slot = 0
-        for uri in self.clusters:
-            for part in range(ShardSet(uri).num_parts):
-                table = ShardSet(uri).read(part, ["image_id", "cluster_1"])
-                cluster = table["cluster_1"].to_numpy()
-                inside = np.isin(cluster, hit)
-                clusters.append(cluster[inside])
-                words.append(id_words(table["image_id"].filter(pa.array(inside)).to_pylist()))
-                slots.append(np.full(int(inside.sum()), slot))
-                slot += 1
-        return np.concatenate(clusters), np.concatenate(words), np.concatenate(slots)
-
-
-def _retrieved(values: dict[str, Any]) -> pa.Table:
-    """A table of retrieved images; columns that do not apply are null."""
-    count = len(values["image_id"])
-    columns = [
-        pa.array(values[field.name], field.type) if field.name in values else pa.nulls(count, field.type)
-        for field in schemas.RETRIEVED
-    ]
-    return pa.table(columns, schema=schemas.RETRIEVED)
+        sources = pa.array([shard_set.source for shard_set, _ in places], pa.string())
+        parts = pa.array([part for _, part in places], pa.int32())
+        at = pa.array(slots)
+        values |= {"source": sources.take(at), "part": parts.take(at)}
+        columns = [values.get(f.name, pa.nulls(len(slots), f.type)) for f in schemas.RETRIEVED]
+        return pa.table(columns, schema=schemas.RETRIEVED)
 
 
 @dataclass
 class RetrieveUnit(Unit):
-    """One query set against all pools: `retrieved/QUERY`. `clusters` and `centroids` serve the cluster mode alone."""
+    """One query set against all pools: `retrieved/QUERY`. `clusters` and `centroids` serve the cluster mode alone.
+
+    Where the search is not exact, its measured recall is kept as `retrieved/_recall_QUERY`.
+    """
 
     queries: str
     pools: list[str]
@@ -190,6 +103,7 @@ class RetrieveUnit(Unit):
     rule: ClusterRule | None
     seed: int
     out: str
+    settings: RetrieveSettings = field(default_factory=RetrieveSettings)
 
     stage = "retrieve"
 
@@ -209,15 +123,40 @@ class RetrieveUnit(Unit):
     def config(self) -> dict[str, Any]:
         if not self.k and not self.rule:
             raise ConfigError("retrieval needs k (sample-based), images_per_cluster (cluster-based) or both")
-        values: dict[str, Any] = {"k": self.k} if self.k else {}
+        values: dict[str, Any] = {}
+        if self.k:
+            engine = self._engine()
+            values |= {"k": self.k, "engine": engine.name}
+            if engine.name != "exact":
+                values |= {engine.name: engine.values, "seed": self.seed}
         if self.rule:
             values |= {"cluster": vars(self.rule), "seed": self.seed}
         return values
 
+    def notes(self) -> list[str]:
+        return [self._engine().why] if self.k else []
+
+    def _engine(self) -> Engine:
+        pool = Vectors(self.pools)
+        return resolve(self.settings, len(Vectors([self.queries])), len(pool), pool.dim)
+
     def steps(self) -> list[Step]:
+        source = ShardSet(self.queries).source
+        labels = {key: value for key, value in ShardSet(self.queries).labels.items() if key != "embedder"}
+        steps: list[Step] = []
+        near = ""
         if self.k:
-            check_exact_size(len(Vectors([self.queries])), len(Vectors(self.pools)))
-        labels = {k: v for k, v in ShardSet(self.queries).labels.items() if k != "embedder"}
-        where = (self.queries, self.pools, self.duplicates, self.clusters, self.centroids)
-        place = storage.join(self.out, ShardSet(self.queries).source)
-        return [RetrieveStep(place, "retrieved", labels, True, *where, self.k, self.rule, self.seed)]
+            engine, pool = self._engine(), KeptNodes(self.pools, [], duplicates=self.duplicates)
+            search = Search(self.queries, pool, self.k, self.seed, self.out, f"{source}_")
+            steps, near = search.plan(engine)
+            if engine.name != "exact":
+                recall = recall_uri(self.out, source)
+                steps += search.audit(engine, near, recall, labels, self.settings.min_recall)
+        where = (self.queries, self.pools, self.clusters, self.centroids, near)
+        place = storage.join(self.out, source)
+        return [*steps, RetrieveStep(place, "retrieved", labels, True, *where, self.k, self.rule, self.seed)]
+
+
+def recall_uri(out: str, source: str) -> str:
+    """Where the recall of a query set's search is kept, beside what was retrieved."""
+    return storage.join(out, f"_recall_{source}")

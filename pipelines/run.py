@@ -22,7 +22,8 @@ from pipelines.filter import FilterUnit
 from pipelines.progress import Progress
 from pipelines.rebalance import RebalanceUnit
 from pipelines.recipe import Recipe
-from pipelines.retrieve import ClusterRule, RetrieveUnit
+from pipelines.retrieve import RetrieveUnit
+from pipelines.retrieve_clusters import ClusterRule
 from pipelines.shard import ShardUnit
 from pipelines.unit import Unit, run_unit
 
@@ -112,7 +113,11 @@ class Plan:
         for name in self.retrieved_for:
             parts = [part for part in self.recipe.parts if part.retrieved == name]
             k = next((part.k for part in parts if part.mode == "sample"), None)
-            rules = [ClusterRule(p.images_per_cluster, p.min_hits, p.cap) for p in parts if p.images_per_cluster]
+            rules = [
+                ClusterRule(p.images_per_cluster, p.min_hits, p.cap, "closest" if p.strategy == "closest" else "random")
+                for p in parts
+                if p.images_per_cluster
+            ]
             yield RetrieveUnit(
                 self._semantic([name])[0],
                 self._semantic(self.pools),
@@ -123,6 +128,7 @@ class Plan:
                 rules[0] if rules else None,
                 self.recipe.seed,
                 self.place("retrieved"),
+                self.recipe.retrieve,
             )
 
     @property
@@ -136,7 +142,14 @@ class Plan:
         filtered = self._each("filtered", self.contributors)
         clusters = self._each("clusters", self.pools)
         return RebalanceUnit(
-            self.recipe.parts, filtered, retrieved, clusters, self.recipe.seed, self.place("selection")
+            self.recipe.parts,
+            filtered,
+            retrieved,
+            clusters,
+            self.recipe.seed,
+            self.place("selection"),
+            self._semantic(self.pools),
+            self.recipe.mixture.target if self.recipe.mixture else None,
         )
 
     def shard(self) -> Unit:

@@ -20,7 +20,7 @@ from curation.errors import ConfigError
 from curation.hashing import bucket_of, id_words, keyed_hash
 from curation.manifest import Input
 from curation.shards import IMAGE_GROUP_ROWS, PartWriter, ShardSet
-from pipelines.rebalance import Slots
+from pipelines.nominations import Slots
 from pipelines.recipe import ShardSettings
 from pipelines.unit import Step, Unit, set_input
 

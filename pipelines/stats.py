@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from curation.balance_measures import entropy, gini, normalized_entropy
 from curation.recall import PAPER_K
-from curation.sampling import entropy, gini, normalized_entropy
 from curation.shards import ShardSet
 from pipelines.catalog import complete_sets, one_line_errors, open_catalog
 from pipelines.chains import components, curve, pool_sources
@@ -25,6 +25,9 @@ class Table:
 
 def report(run: str) -> list[Table]:
     """All tables that the complete sets of a run allow."""
+    from pipelines.cluster_tables import cluster_tables  # which takes Table from here
+    from pipelines.retrieval_tables import retrieval_tables  # which does, too
+
     sets = complete_sets(run)
     connection = open_catalog(run)
     with one_line_errors():
@@ -36,8 +39,10 @@ def report(run: str) -> list[Table]:
             recall(sets),
             sources(sets, connection),
             query_sets(sets, connection),
+            *retrieval_tables(_of_kind(sets, "retrieved"), connection),
             balance(sets, connection),
         ]
+    tables += cluster_tables(run)
     return [table for table in tables if table.rows]
 
 
@@ -196,10 +201,10 @@ def query_sets(sets: dict[str, ShardSet], connection: Any) -> Table:
 
 
 def balance(sets: dict[str, ShardSet], connection: Any) -> Table:
-    """Images over clusters: what dedup kept, and what is in the final shards."""
+    """Images over the finest clusters: what dedup kept, and what is in the final shards."""
     if "centroids" not in sets:
         return Table("Balance", [], [])
-    num_clusters = sets["centroids"].num_rows
+    num_clusters = _one(connection, "SELECT count(*) FROM centroids WHERE level = 1")
     counts = [("pool after dedup", "SELECT cluster_1 AS c, count(*) FROM clusters GROUP BY 1")]
     if "shards" in sets:
         counts.append(

@@ -36,6 +36,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "dedup": recipe.DedupSettings,
     "dedup.join": recipe.JoinSettings,
     "cluster": recipe.ClusterSettings,
+    "retrieve": recipe.RetrieveSettings,
     "parts": recipe.PartSettings,
     "shard": recipe.ShardSettings,
 }

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from curation import neighbors, products
-from curation.errors import ConfigError, LvdError
+from curation import nearest, neighbors, products
+from curation.errors import LvdError
 from curation.faiss_setup import require_faiss
 from curation.scoring import cosine_pairs
 
@@ -43,10 +43,9 @@ def ids(rng: np.random.Generator, num_rows: int) -> np.ndarray:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbors, "FIRST_CHUNK", 3)
-    monkeypatch.setattr(neighbors, "LAST_CHUNK", 7)
-    monkeypatch.setattr(neighbors, "QUERY_BLOCK", 5)
-    monkeypatch.setattr(neighbors, "MAX_HELD", 21)
+    monkeypatch.setattr(nearest, "FIRST_ROWS", 3)
+    monkeypatch.setattr(nearest, "MAX_QUERIES", 5)
+    monkeypatch.setattr(nearest, "MAX_SCORED", 21)
     monkeypatch.setattr(products, "TILE_ROWS", 16)
     monkeypatch.setattr(products, "TILE_COLUMNS", 8)
 
@@ -199,19 +198,6 @@ def test_merged_blocks_are_the_top_k_of_the_whole(seed: int) -> None:
         np.testing.assert_array_equal(index, expected_index)
         np.testing.assert_array_equal(similarity, expected_similarity)
         np.testing.assert_array_equal(merged_words, words[index])
-
-
-def test_exact_size_is_refused_above_the_limit() -> None:
-    limit = neighbors.MAX_EXACT_VECTORS
-    neighbors.check_exact_size(limit, limit)
-    neighbors.check_exact_size(limit * 10, 1000)
-    with pytest.raises(ConfigError, match="1,000,001 vectors against 1,000,001"):
-        neighbors.check_exact_size(limit + 1, limit + 1)
-
-
-def test_pairs_above_compares_sets_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbors, "MAX_EXACT_VECTORS", 2)
-    assert assert_pairs(np.ones((3, 2), dtype=np.float16), np.ones((3, 2), dtype=np.float16), 0.5, symmetric=False) == 9
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

@@ -1,50 +1,89 @@
+"""Cluster-based retrieval against a direct transcription of the rule, in streams of any cut and order."""
+
+from typing import Any
+
 import numpy as np
 import pytest
 
-from curation.retrieval import clusters_hit, take_from_clusters
+from curation import retrieval
+from curation.retrieval import ClusterDraw, Members, Strategy, clusters_hit, no_members
+
+NUM = 60
 
 
-def slow_take(
-    cluster: np.ndarray, draw: np.ndarray, words: np.ndarray, hit: np.ndarray, per_cluster: int, cap: int | None
-) -> list[int]:
-    def by_draw(row: int) -> tuple[int, int, int]:
-        return int(draw[row]), int(words[row, 0]), int(words[row, 1])
+def slow_take(pool: Members, hit: list[int], per_cluster: int, cap: int | None, strategy: Strategy) -> list[int]:
+    """The paper's rule (appendix A.4) with our order where it gives none."""
+
+    def by_draw(row: int) -> tuple[Any, ...]:
+        return int(pool.draw[row]), int(pool.words[row, 0]), int(pool.words[row, 1])
+
+    def within(row: int) -> tuple[Any, ...]:
+        if strategy == "random":
+            return by_draw(row)
+        return (float(pool.distance[row]), int(pool.draw[row]) >> 32, *map(int, pool.words[row]))
 
     taken: list[int] = []
-    for c in hit.tolist():
-        taken += sorted((r for r in range(len(cluster)) if cluster[r] == c), key=by_draw)[:per_cluster]
-    return sorted(sorted(taken, key=by_draw)[:cap])
+    for c in hit:
+        taken += sorted((row for row in range(len(pool)) if pool.cluster[row] == c), key=within)[:per_cluster]
+    return sorted(int(pool.place[row]) for row in sorted(taken, key=by_draw)[:cap])
 
 
-def pool(seed: int, num_rows: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_pool(seed: int) -> Members:
+    """Many ties: few draws, few distances, few first words."""
     rng = np.random.default_rng(seed)
-    words = np.stack((rng.integers(0, 2, num_rows), rng.permutation(num_rows)), axis=1).astype(np.uint64)
-    return rng.integers(0, 7, num_rows).astype(np.int32), rng.integers(0, 12, num_rows).astype(np.uint64), words
+    words = np.stack((rng.integers(0, 2, NUM), rng.permutation(NUM)), axis=1).astype(np.uint64)
+    draw = rng.integers(0, 12, NUM).astype(np.uint64) << np.uint64(int(rng.integers(0, 40)))
+    distance = rng.choice([-0.0, 0.0, 0.25, 0.5, 1.5], NUM).astype(np.float32)
+    return Members(rng.integers(0, 7, NUM).astype(np.int32), draw, words, distance, rng.permutation(NUM) * 3)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_takes_the_lowest_draws_of_each_cluster_hit(seed: int) -> None:
-    cluster, draw, words = pool(seed)
-    for hit in (np.array([], dtype=np.int64), np.array([3]), np.array([0, 2, 6, 99]), np.arange(7)):
+def drawn(pool: Members, pieces: list[np.ndarray], *rule: Any) -> Members:
+    draw = ClusterDraw(*rule)
+    for rows in pieces:
+        draw.add(pool.take(rows))
+    return draw.taken()
+
+
+@pytest.mark.parametrize("strategy", ["random", "closest"])
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_the_rule_however_the_pool_streams(
+    seed: int, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(seed)
+    rng = np.random.default_rng(seed)
+    for hit in ([], [3], [0, 2, 6, 99], list(range(7))):
         for per_cluster in (0, 1, 5, 100):
             for cap in (None, 0, 1, 7, 1000):
-                taken = take_from_clusters(cluster, draw, words, hit, per_cluster, cap)
-                assert taken.dtype == np.int64
-                assert taken.tolist() == slow_take(cluster, draw, words, hit, per_cluster, cap)
+                expected = slow_take(pool, hit, per_cluster, cap, strategy)
+                for pending in (1, 9, 1000):
+                    monkeypatch.setattr(retrieval, "LEAST_PENDING", pending)
+                    cuts = np.sort(rng.integers(0, NUM, 5))
+                    pieces = np.split(rng.permutation(NUM), cuts)
+                    taken = drawn(pool, pieces, np.array(hit, dtype=np.int64), per_cluster, cap, strategy)
+                    assert taken.place.tolist() == expected
 
 
-def test_the_same_images_whatever_the_order_of_rows() -> None:
-    cluster, draw, words = pool(1)
-    hit = np.array([1, 4])
-    expected = words[take_from_clusters(cluster, draw, words, hit, 4, 6)]
-    order = np.random.default_rng(0).permutation(len(cluster))
-    taken = take_from_clusters(cluster[order], draw[order], words[order], hit, 4, 6)
-    assert sorted(words[order][taken].tolist()) == sorted(expected.tolist())
+def test_what_is_held_does_not_grow_with_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "LEAST_PENDING", 10)
+    for cap, limit in ((None, 2 * 5), (4, 4)):
+        draw = ClusterDraw(np.array([1, 2]), 5, cap)
+        for seed in range(30):
+            draw.add(make_pool(seed))
+            assert len(draw._held) <= limit
+            assert sum(map(len, draw._fresh)) <= 10
+
+
+def test_all_columns_come_back_with_their_image() -> None:
+    pool = make_pool(0)
+    taken = drawn(pool, [np.arange(NUM)], np.arange(7), 100, None)
+    order = np.argsort(pool.place)
+    for name, column in vars(taken).items():
+        np.testing.assert_array_equal(column, getattr(pool, name)[order])
 
 
 def test_an_empty_pool_gives_nothing() -> None:
-    cluster, draw, words = pool(0, num_rows=0)
-    assert take_from_clusters(cluster, draw, words, np.array([0]), 5, 5).shape == (0,)
+    assert len(ClusterDraw(np.array([0]), 5, 5).taken()) == 0
+    assert len(drawn(no_members(), [np.arange(0)], np.array([0]), 5, 5)) == 0
 
 
 def test_more_than_three_is_at_least_four() -> None:

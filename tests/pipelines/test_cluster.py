@@ -8,10 +8,14 @@ import pytest
 
 from curation import schemas
 from curation.clustering import fit_kmeans
-from curation.errors import ConfigError
+from curation.distances import Space, encode_points
+from curation.errors import ConfigError, LvdError
 from curation.hashing import id_words, keyed_hash
+from curation.kmeans_rounds import partial_sums, update
 from curation.shards import ShardSet
-from pipelines.cluster import ClusterUnit, read_centroids
+from pipelines import cluster, cluster_rounds
+from pipelines.cluster import CentroidsStep, ClusterUnit, read_centroids
+from pipelines.cluster_rounds import RoundStep
 from pipelines.recipe import ClusterSettings
 from tests.builders import cut, execute, fingerprints, random_ids, rows_of, table, write_embeddings, write_set
 
@@ -103,6 +107,52 @@ def test_two_runs_give_the_same_bytes_and_another_seed_others(tmp_path: Path) ->
         execute(cluster_unit(tmp_path, out, seed, sample=30))
     assert fingerprints(tmp_path / "one") == fingerprints(tmp_path / "two")
     assert fingerprints(tmp_path / "one") != fingerprints(tmp_path / "three")
+
+
+@pytest.mark.parametrize("sample", [55, 1000])
+def test_a_sample_that_is_streamed_goes_through_the_same_rounds(
+    tmp_path: Path, sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From centroids fitted on part of the sample, over parts that are shared out to any number of groups."""
+    ids, x = write_pools(tmp_path, 2)
+    monkeypatch.setattr(cluster, "STREAMED_ROUNDS", 3)
+    for out, groups in (("out", 16), ("other", 2)):
+        monkeypatch.setattr(cluster_rounds, "GROUPS", groups)
+        execute(cluster_unit(tmp_path, out, sample=sample, memory_rows=25))
+    found = read_centroids(str(tmp_path / "out/centroids"))
+    assert np.array_equal(found, read_centroids(str(tmp_path / "other/centroids")))
+    kept = [row["image_id"] for name in SIZES for row in rows_of(tmp_path / "d" / name) if row["kept"]]
+    draw = dict(zip(kept, keyed_hash(5, "cluster", id_words(kept)).tolist(), strict=True))
+    order = sorted(kept, key=lambda name: draw[name])
+    few, many = (x[[name in set(order[:count]) for name in ids]] for count in (25, sample))
+    assert 6 < len(few) < len(many)
+    expected = fit_kmeans(few, 6, iterations=4, seed=5, threads=1)
+    points = encode_points(many, Space())
+    for turn in range(3):
+        expected = update(expected, partial_sums([points], expected, Space()), Space(), seed=5, turn=turn)
+    assert np.array_equal(found, expected)
+    assert [row["image_id"] for row in assigned(tmp_path)] == ids
+    assert not list((tmp_path / "out/clusters").glob("_*"))
+
+
+def test_streamed_rounds_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pools(tmp_path, 3)
+    execute(cluster_unit(tmp_path, "whole", memory_rows=25))
+    broken, whole = [True], RoundStep.write_part
+
+    def write_part(step: RoundStep, part: int, writer: Any) -> None:
+        if step.turn == 2 and broken.pop():
+            raise LvdError("lost")
+        whole(step, part, writer)
+
+    monkeypatch.setattr(RoundStep, "write_part", write_part)
+    with pytest.raises(LvdError, match="lost"):
+        execute(cluster_unit(tmp_path, memory_rows=25))
+    monkeypatch.setattr(CentroidsStep, "write_part", None)  # is not done again
+    broken.append(False)
+    execute(cluster_unit(tmp_path, memory_rows=25))
+    for name in ("centroids", "clusters"):
+        assert fingerprints(tmp_path / "out" / name) == fingerprints(tmp_path / "whole" / name)
 
 
 def test_more_clusters_than_images_are_refused(tmp_path: Path) -> None:

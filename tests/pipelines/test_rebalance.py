@@ -81,11 +81,13 @@ class World:
         write_set(self.path / "r/birds", "retrieved", tables, config=config, source="birds", role="query")
         self.retrieved = [row for part in parts for row in part]
 
-    def unit(self, parts: list[PartSettings], out: str = "out", seed: int = 4) -> RebalanceUnit:
+    def unit(
+        self, parts: list[PartSettings], out: str = "out", seed: int = 4, mixture: int | None = None
+    ) -> RebalanceUnit:
         filtered = [str(self.path / "f" / name) for name in SOURCES]
         clusters = [str(self.path / "c" / name) for name in POOLS]
         retrieved = {"birds": str(self.path / "r/birds")}
-        return RebalanceUnit(parts, filtered, retrieved, clusters, seed, str(self.path / out))
+        return RebalanceUnit(parts, filtered, retrieved, clusters, seed, str(self.path / out), mixture=mixture)
 
     def balance(self, number: int, part: PartSettings, seed: int) -> dict[str, int]:
         """How often each pool image is taken: clusters in turns, the lowest draws of each."""
@@ -215,3 +217,33 @@ def test_parts_of_sets_at_hand(tmp_path: Path) -> None:
     assert parts == [AS_IS, SAMPLE, CLUSTER, balanced(7, 2)]
     with pytest.raises(ConfigError, match="holds filtered, but retrieved are needed"):
         parts_from_sets([], [str(tmp_path / "f/web")], None, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mixture_has_exact_size_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(rebalance, "BUCKET_ROWS", 13)
+    world = World(tmp_path, seed)
+    ratios = {"birds as is": 1.0, "birds sample k=3": 2.0, "balanced 60": 5.0}
+    parts = [
+        p.model_copy(update={"ratio": r}) for p, r in zip([AS_IS, SAMPLE, balanced(60)], ratios.values(), strict=True)
+    ]
+    execute(world.unit(parts))
+    whole = world.found()
+    execute(world.unit(parts, mixture=40), overwrite=True)
+    mixed = world.found()
+    first = Counter(row["reasons"][0]["part"] for row in mixed)
+    assert first == {"birds as is": 5, "birds sample k=3": 10, "balanced 60": 25}
+    known = {row["image_id"]: row for row in whole}
+    assert all(row == known[row["image_id"]] for row in mixed)
+    draws = dict(zip(known, keyed_hash(4, "mixture", id_words(list(known))).tolist(), strict=True))
+    for title in ratios:
+        given = {row["image_id"] for row in mixed if row["reasons"][0]["part"] == title}
+        asked = [name for name, row in known.items() if row["reasons"][0]["part"] == title]
+        assert given == set(sorted(asked, key=lambda name: draws[name])[: first[title]])
+
+
+def test_a_mixture_that_a_part_is_too_small_for_is_told(tmp_path: Path) -> None:
+    world = World(tmp_path, 0)
+    parts = [AS_IS.model_copy(update={"ratio": 9.0}), balanced(30).model_copy(update={"ratio": 1.0})]
+    with pytest.raises(ConfigError, match=r"mixture.target of 50 takes 45 images of birds as is, which has \d+"):
+        execute(world.unit(parts, mixture=50))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curation.sampling import entropy, gini, normalized_entropy
+from curation.balance_measures import entropy, gini, normalized_entropy
 from curation.shards import ShardSet
 from pipelines.recall import RECALL
 from pipelines.stats import Table, cell, markdown, report
