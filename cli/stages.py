@@ -228,24 +228,31 @@ def cluster(
     num_clusters: Annotated[int | None, typer.Option(help="k of k-means.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Rounds of k-means.")] = None,
     sample: Annotated[int | None, typer.Option(help="Images it is fitted on.")] = None,
+    level: Annotated[list[int] | None, typer.Option(help="Clusters of a level above, level 2 first.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Levels as published: vo4 or dinov3.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Preset: finest clusters an image.")] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     workers: Workers = None,
     address: Address = None,
     local: Local = False,
 ) -> None:
-    """Cluster what dedup kept with spherical k-means; assignments go to OUT/SOURCE.
+    """Cluster what dedup kept with spherical k-means, in levels if wanted; assignments go to OUT/SOURCE.
 
     \b
     Examples:
       lvd cluster steps/embeddings/default/web --duplicates steps/duplicates/web \\
         --num-clusters 8 --centroids steps/centroids --out steps/clusters
+      lvd cluster steps/embeddings/default/web --duplicates steps/duplicates/web \\
+        --num-clusters 16 --level 6 --level 3 --centroids level-centroids \\
+        --out levels
     """
     from curation.storage import absolute
     from pipelines.cluster import ClusterUnit
     from pipelines.recipe import ClusterSettings
 
-    options = {"num_clusters": num_clusters, "iterations": iterations, "sample": sample}
+    options: dict[str, Any] = {"num_clusters": num_clusters, "iterations": iterations, "sample": sample}
+    options |= {"levels": level, "preset": preset, "fraction": fraction}
     settings = _settings(ClusterSettings, "cluster", **options)
     places = (absolute(centroids), absolute(out))
     unit = ClusterUnit(_absolute(pools), _absolute(duplicates), settings, seed, *places)
@@ -320,6 +327,8 @@ def rebalance(
     retrieved: Annotated[list[str] | None, typer.Option(help="A retrieved set.")] = None,
     target: Annotated[int | None, typer.Option(help="Images to draw evenly from the pools' clusters.")] = None,
     max_copies: Annotated[int, typer.Option(help="How often one image may be drawn.")] = 1,
+    strategy: Annotated[str, typer.Option(help="What is drawn of a cluster: random, closest or spread.")] = "random",
+    embeddings: Annotated[list[str] | None, typer.Option(help="For spread: what the clusters were made from.")] = None,
     clusters: Annotated[list[str] | None, typer.Option(help="Clusters of the pools, one set for each.")] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -341,13 +350,16 @@ def rebalance(
     from pipelines.rebalance import RebalanceUnit, parts_from_sets
 
     places = _absolute(retrieved)
-    parts = parts_from_sets(as_is or [], places, target, max_copies)
+    if strategy not in ("random", "closest", "spread"):
+        raise ConfigError(f"--strategy {strategy}: give random, closest or spread")
+    parts = parts_from_sets(as_is or [], places, target, max_copies, strategy)
     if not parts:
         raise ConfigError("nothing to select: give --as-is, --retrieved or --target")
     if target is not None and not clusters:
         raise ConfigError("--target needs --clusters")
     by_name = {place.rpartition("/")[2]: place for place in places}
-    unit = RebalanceUnit(parts, _absolute(filtered), by_name, _absolute(clusters), seed, absolute(out))
+    sets = (_absolute(filtered), by_name, _absolute(clusters))
+    unit = RebalanceUnit(parts, *sets, seed, absolute(out), _absolute(embeddings))
     _run(unit, overwrite, workers, address, local)
 
 

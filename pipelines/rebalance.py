@@ -199,7 +199,9 @@ class RebalanceUnit(Unit):
         return [*found, Asked(-1, "shares", shares)] if self._balanced() else found
 
 
-def parts_from_sets(as_is: list[str], retrieved: list[str], target: int | None, max_copies: int) -> list[PartSettings]:
+def parts_from_sets(
+    as_is: list[str], retrieved: list[str], target: int | None, max_copies: int, strategy: str = "random"
+) -> list[PartSettings]:
     """The parts of a recipe that sets at hand stand for: what was retrieved says itself by which modes."""
     parts = [PartSettings(as_is=name) for name in as_is]
     for uri in retrieved:
@@ -211,5 +213,6 @@ def parts_from_sets(as_is: list[str], retrieved: list[str], target: int | None, 
             rule = config["cluster"]
             parts.append(PartSettings(retrieved=name, mode="cluster", images_per_cluster=rule["images_per_cluster"]))
     if target is not None:
-        parts.append(PartSettings(balanced="pool", target=target, max_copies=max_copies))
+        values = {"balanced": "pool", "target": target, "max_copies": max_copies, "strategy": strategy}
+        parts.append(PartSettings.model_validate(values))
     return parts

@@ -1,6 +1,7 @@
 """Which folder may import which: cli -> pipelines -> curation, embedders; Ray in one file alone."""
 
 import ast
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,11 @@ NETWORKS = {f"embedders/{name}.py" for name in ("checkpoints", "layouts", "netwo
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
+    gc.disable()  # what is collected meanwhile may parse code, too, which this Python takes for an error of its own
+    try:
+        tree = ast.parse(path.read_text())
+    finally:
+        gc.enable()
     nodes = tree.body if top_level_only else list(ast.walk(tree))
     found: set[str] = set()
     for node in nodes:

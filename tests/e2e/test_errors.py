@@ -228,7 +228,7 @@ def test_both_builds_of_faiss_or_none(
     world: World, reference: dict[str, str], failing: Failing, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     sets = ("reference/embeddings/default/web", "--images", "reference/images/web", "--threshold", "0.9")
-    command = ("dedup", *sets, "--out", str(tmp_path / "duplicates"), "--local")
+    command = ("dedup", *sets, "--engine", "faiss", "--out", str(tmp_path / "duplicates"), "--local")
     for name in ("faiss_cpu", "faiss_gpu"):
         (tmp_path / f"{name}-1.12.0.dist-info").mkdir()
         (tmp_path / f"{name}-1.12.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 1.12.0\n")
