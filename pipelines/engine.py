@@ -61,6 +61,8 @@ def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:
         name = "exact" if num_nodes <= EXACT_UP_TO else "partitioned"
         told += f"; auto joins exactly up to {EXACT_UP_TO:,} vectors"
     told += ")"
+    if not num_nodes:  # nothing to fit lists or an index on
+        name = "exact"
     if name == "exact":
         if num_nodes > EXACT_AT_MOST:
             raise ConfigError(

@@ -125,12 +125,20 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path, name: str) -> None:
     assert any(n.startswith("recall/") for n in found[0]) == (name != "exact")
 
 
+@pytest.mark.parametrize("size", [1, 9])
 @pytest.mark.parametrize("name", ENGINES)
-def test_one_pool_of_few_vectors(tmp_path: Path, name: str) -> None:
-    world = make_world(tmp_path, 6, pool_sizes=(9,), num_references=4)
+def test_one_pool_of_few_vectors(tmp_path: Path, name: str, size: int) -> None:
+    world = make_world(tmp_path, 6, pool_sizes=(size,), num_references=4)
     settings = ENGINES[name].model_copy(update={"num_lists": 2, "lists_joined": 2})
     execute(dedup_unit(tmp_path, world, join=settings))
     assert found_rows(tmp_path, world) == brute_force(world, 0.9, 0.8, "component")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_pool_of_nothing(tmp_path: Path, name: str) -> None:
+    world = make_world(tmp_path, 6, pool_sizes=(0,), num_references=4)
+    execute(dedup_unit(tmp_path, world, join=ENGINES[name]))
+    assert ShardSet(str(tmp_path / "duplicates/web")).num_rows == 0
 
 
 def test_what_was_resolved_is_recorded(tmp_path: Path) -> None:
