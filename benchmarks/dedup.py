@@ -3,12 +3,13 @@
     python -m benchmarks.dedup --kind S --count 200000 --engine exact --peer flat
     python -m benchmarks.dedup --kind H --count 1000000 --engine partitioned --peer ivf
     python -m benchmarks.dedup --kind S --count 10000000 --engine partitioned --folder /data/bench
+    python -m benchmarks.dedup --kind photos --data DIR --count 200000 --engine partitioned
 
 Runs the dedup stage as `lvd dedup` does, on two Ray workers, and times each of its steps. FAISS is timed in this
 process with as many threads, on some of the queries, and scaled: `flat` is IndexFlatIP's range search, `ivf` an
 IndexIVFFlat at the number of probes that reaches the stage's share of true pairs. Set OPENBLAS_CORETYPE=SKYLAKEX where
 FAISS is to be at its fastest on a CPU with AVX-512. `--hub N` replaces that many vectors by near-copies (cosine 0.99
-and above) of one.
+and above) of one. `photos` are real photographs and near-copies of them, through `dct` and above its own threshold.
 """
 
 import argparse
@@ -21,12 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.measure import PeakMemory, cpu_seconds, machine
+from benchmarks.photos import write_photos
 from benchmarks.vectors import DIM, write_sets
 from curation import storage
 from curation.faiss_setup import require_faiss
 from curation.recall import macro_average
 from curation.scoring import to_unit
 from curation.shards import ShardSet
+from embedders.dct import THRESHOLDS
 from pipelines.dedup import DedupUnit
 from pipelines.executor import Executor, RayExecutor
 from pipelines.join import SampleStep
@@ -66,7 +69,8 @@ def run_stage(arguments: argparse.Namespace, embeddings: str, images: str, out: 
     join = {key: getattr(arguments, key) for key in ("num_lists", "lists_joined", "quantizers", "partition_rows")}
     chosen = {key: value for key, value in join.items() if value is not None}
     settings = DedupSettings(
-        threshold=THRESHOLD, join=JoinSettings(engine=arguments.engine, min_recall=0, index=arguments.index, **chosen)
+        threshold=arguments.threshold,
+        join=JoinSettings(engine=arguments.engine, min_recall=0, index=arguments.index, **chosen),
     )
     unit: Unit = DedupUnit([embeddings], [images], [], settings, 0, out, f"{out}-forest", f"{out}-recall")
     with PeakMemory() as memory:
@@ -81,9 +85,9 @@ def run_stage(arguments: argparse.Namespace, embeddings: str, images: str, out: 
     return recorder
 
 
-def tell_recall(out: str) -> float:
-    """Print the measured recall; returns the share compared."""
-    row = ShardSet(f"{out}-recall").read(0).to_pylist()[0]
+def tell_recall(uri: str) -> float:
+    """Print the measured recall of a set; returns the share compared."""
+    row = ShardSet(uri).read(0).to_pylist()[0]
     for name, what in (("joined", "compared"), ("component", "in one component")):
         value, low, high = (row[f"recall_{name}{end}"] for end in ("", "_low", "_high"))
         if value is not None:
@@ -172,7 +176,8 @@ def _time_search(name: str, index: Any, queries: npt.NDArray[np.float32], count:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=("S", "H"), default="S")
+    parser.add_argument("--kind", choices=("S", "H", "photos"), default="S")
+    parser.add_argument("--data", help="where cifar10_train.parquet lies, for photos")
     parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--hub", type=int, default=0)
     parser.add_argument("--engine", default="auto")
@@ -185,14 +190,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", help="where vectors are kept between runs")
     arguments = parser.parse_args()
+    if arguments.kind == "photos" and (arguments.peer or not arguments.data):
+        parser.error("--kind photos needs --data, and has no --peer")
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
-        embeddings, images = write_sets(arguments.folder or scratch, arguments.kind, arguments.count, arguments.hub)
+        folder = arguments.folder or scratch
+        if arguments.kind == "photos":
+            arguments.threshold = THRESHOLDS.self_dedup
+            embeddings, images = write_photos(folder, arguments.data, arguments.count)
+        else:
+            arguments.threshold = THRESHOLD
+            embeddings, images = write_sets(folder, arguments.kind, arguments.count, arguments.hub)
         executor = RayExecutor(arguments.workers)
-        out = storage.join(arguments.folder or scratch, f"out-{os.getpid()}")
-        print(f"{arguments.kind}, {arguments.count:,} vectors of {DIM}, {arguments.hub:,} in a hub, {arguments.engine}")
+        out, vectors = storage.join(folder, f"out-{os.getpid()}"), Vectors([embeddings])
+        print(f"{arguments.kind}, {len(vectors):,} vectors of {vectors.dim}", end=", ")
+        print(f"{arguments.hub:,} in a hub, {arguments.engine}, above {arguments.threshold}")
         run_stage(arguments, embeddings, images, out, executor)
-        reached = tell_recall(out) if ShardSet(f"{out}-recall").is_complete else 1.0
+        reached = tell_recall(f"{out}-recall") if ShardSet(f"{out}-recall").is_complete else 1.0
         if arguments.peer == "flat":
             time_flat(embeddings, arguments.queries, arguments.workers)
         elif arguments.peer == "ivf":

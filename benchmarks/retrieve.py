@@ -13,6 +13,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -42,15 +43,19 @@ TRUTH_QUERIES = 1_000
 Float16 = npt.NDArray[np.float16]
 
 
-def write_set(uri: str, kind: str, role: str, tables: list[pa.Table], group: int) -> None:
+def write_set(
+    uri: str, kind: str, role: str, tables: Iterable[pa.Table], group: int, model: str = "made", dim: int = DIM
+) -> None:
     """A set of embeddings or verdicts."""
     labels = {"source": role, "role": role, "embedder": "made"}
-    origin = Origin(kind, "benchmark", 1, {"model": "made"}, (), labels)
+    origin = Origin(kind, "benchmark", 1, {"model": model}, (), labels)
     ShardSet(uri).begin(origin)
+    parts = 0
     for part, table in enumerate(tables):
         with PartWriter(uri, part, table.schema, origin.fingerprint) as writer:
             writer.write(table, group)
-    ShardSet(uri).finish(origin, len(tables), {"model": "made", "dim": DIM, "copy_thresholds": None})
+        parts = part + 1
+    ShardSet(uri).finish(origin, parts, {"model": model, "dim": dim, "copy_thresholds": None})
 
 
 def write_sets(place: str, queries: Float16, pool: Float16) -> tuple[str, str, str]:
@@ -64,14 +69,14 @@ def write_sets(place: str, queries: Float16, pool: Float16) -> tuple[str, str, s
             some = values[start : start + PART_ROWS]
             ids = ids_of(rng.integers(0, 2**63, (len(some), 2)).astype(np.uint64))
             tables.append(pa.table([ids, fixed_size_lists(some, schema.field("embedding").type)], schema=schema))
-            verdicts.append(_kept(ids))
+            verdicts.append(kept_verdicts(ids))
         write_set(uri, "embeddings", role, tables, VECTOR_GROUP)
         if role == "pool":
             write_set(uris[2], "duplicates", role, verdicts, GROUP_ROWS)
     return uris
 
 
-def _kept(ids: pa.StringArray) -> pa.Table:
+def kept_verdicts(ids: pa.StringArray) -> pa.Table:
     """Verdicts of which each image is alone in its component."""
     known = {"image_id": ids, "kept": pa.array(np.ones(len(ids), np.bool_))}
     known |= {name: pa.array(np.ones(len(ids), np.int64)) for name in ("component", "component_size")}

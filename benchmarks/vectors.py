@@ -134,20 +134,28 @@ def write_sets(folder: str, kind: str, count: int, hub: int = 0, seed: int = 0) 
     held = np.lib.format.open_memmap(path, "w+", np.float16, (count, DIM))
     vectors(kind, count, seed, held)
     _add_hub(held, hub, seed)
-    config = {"model": f"{kind} {count} {hub} {seed}"}
-    origin = Origin("embeddings", "benchmark", 1, config, (), {"source": kind, "role": "pool", "embedder": "made"})
-    images = Origin("images", "benchmark", 1, config, (), {"source": kind, "role": "pool"})
+    store(place, held, kind, f"{kind} {count} {hub} {seed}", {"self_dedup": 0.6, "reference": 0.45})
+    os.remove(path)
+    return embeddings_uri, images_uri
+
+
+def store(
+    place: str, held: npt.NDArray[np.float16], source: str, model: str, thresholds: dict[str, float]
+) -> tuple[str, str]:
+    """Vectors [n, d] as sets `embeddings` and `images` below `place`; their URIs."""
+    embeddings_uri, images_uri = (storage.join(place, what) for what in ("embeddings", "images"))
+    config, labels = {"model": model}, {"source": source, "role": "pool"}
+    origin = Origin("embeddings", "benchmark", 1, config, (), {**labels, "embedder": "made"})
+    images = Origin("images", "benchmark", 1, config, (), labels)
     ShardSet(embeddings_uri).begin(origin)
     ShardSet(images_uri).begin(images)
-    rng = np.random.default_rng(seed)
-    num_parts = -(-count // PART_ROWS)
+    rng = np.random.default_rng(0)
+    num_parts = -(-len(held) // PART_ROWS)
     for part in range(num_parts):
         values = np.ascontiguousarray(held[part * PART_ROWS : (part + 1) * PART_ROWS])
         _write_part(part, values, rng, embeddings_uri, images_uri, origin.fingerprint, images.fingerprint)
-    info = {"model": config["model"], "dim": DIM, "copy_thresholds": {"self_dedup": 0.6, "reference": 0.45}}
-    ShardSet(embeddings_uri).finish(origin, num_parts, info)
+    ShardSet(embeddings_uri).finish(origin, num_parts, {**config, "dim": held.shape[1], "copy_thresholds": thresholds})
     ShardSet(images_uri).finish(images, num_parts, {})
-    os.remove(path)
     return embeddings_uri, images_uri
 
 
@@ -171,7 +179,7 @@ def _write_part(
     *fingerprints: str,
 ) -> None:
     ids = ids_of(rng.integers(0, 2**63, (len(values), 2)).astype(np.uint64))
-    schema = schemas.embeddings(DIM)
+    schema = schemas.embeddings(values.shape[1])
     with PartWriter(embeddings_uri, part, schema, fingerprints[0]) as writer:
         columns = [ids, fixed_size_lists(values, schema.field("embedding").type)]
         writer.write(pa.table(columns, schema=schema), VECTOR_GROUP)

@@ -1,8 +1,8 @@
 """Nearest centroids: product, argmax and candidates in one pass over tiles that stay in cache; `scoring` decides.
 
 Products of int8 codes (`curation.codes`) are integers, the same on every machine. For L2 a tile becomes integers that
-rank as |x - c|**2 does. A centroid is a candidate if it may, by the proven bound on what codes are off, be the nearest.
-Most points have one candidate, and it is the nearest; the others' are scored.
+rank as |x - c|**2 does. A centroid is a candidate if it may, by the proven bound on what codes are off, be the nearest;
+in rounds of k-means, which need no proof, by what codes are off as a rule, which leaves few. Candidates are scored.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.candidates import Candidates, distance_of
-from curation.codes import SLACK
+from curation.codes import SLACK, usual_share
 from curation.distances import Points, Space, direct_best
 from curation.products import TILE_COLUMNS, TILE_ROWS, Found, Multiplier
 from curation.scoring import check_comparable, compiled
@@ -104,10 +104,11 @@ class _Units:
     square: Float32
 
     @staticmethod
-    def of(points: Points, centroids: Points, space: Space) -> "_Units":
+    def of(points: Points, centroids: Points, space: Space, share: float) -> "_Units":
+        """`share` of what codes may be off is counted on."""
         assert points.codes is not None and centroids.codes is not None
-        scale, e = points.codes.scale**2, points.codes.error.astype(np.float64)
-        allowed = (1.0 + e.max(initial=0.0)) * centroids.codes.error.astype(np.float64)
+        scale, e = points.codes.scale**2, share * points.codes.error.astype(np.float64)
+        allowed = share * (1.0 + points.codes.error.max(initial=0.0)) * centroids.codes.error.astype(np.float64)
         none, lengths, u = np.zeros(0, np.float32), centroids.length, points.length
         if space.metric == "cosine":
             # A point without a direction has no candidates: it scores 0 with all, and the lowest cluster takes it.
@@ -130,19 +131,24 @@ def _up(values: Float64) -> Int32:
 class Nearest(Multiplier):
     """Finds nearest centroids on one device; holds its tiles between calls, so one serves one thread."""
 
-    def decided(self, points: Points, centroids: Points, space: Space) -> Int32:
+    def usual(self, points: Points, centroids: Points, space: Space) -> Int32:
+        """The nearest centroid of each point, or in rare cases one about as near: of the candidates that codes leave
+        as a rule (`codes.usual_share`), the one that `cosine_pairs` or `squared_pairs` decides for.
+
+        Takes and holds what `exact` does. Returns int32 [n].
+        """
+        return self._search(points, centroids, space, False)[0]
+
+    def exact(self, points: Points, centroids: Points, space: Space) -> tuple[Int32, Float32]:
         """The nearest centroid of each point as `cosine_pairs` or `squared_pairs` decides, ties to the lowest.
 
         Args:
             points, centroids: what `encode_points` gives in this space, [n, d] and [k, d], k > 0.
 
         Returns:
-            int32 [n]. Holds about 60 bytes a point, and 12 for each of MAX_HELD candidates and those of one tile.
+            cluster int32 [n], and the distance of each as it is scored, float32 [n]: 1 - cosine, or squared. Holds
+            about 60 bytes a point, and 12 for each of MAX_HELD candidates and those of one tile.
         """
-        return self._search(points, centroids, space, False)[0]
-
-    def exact(self, points: Points, centroids: Points, space: Space) -> tuple[Int32, Float32]:
-        """`decided`, and the distance of each as it is scored, float32 [n]: 1 - cosine, or squared."""
         return self._search(points, centroids, space, True)
 
     def _search(self, points: Points, centroids: Points, space: Space, scored: bool) -> tuple[Int32, Float32]:
@@ -150,7 +156,7 @@ class Nearest(Multiplier):
         if points.codes is None or centroids.codes is None:
             cluster, score = direct_best(points, centroids, space.metric)
             return cluster, distance_of(score, space.metric)
-        units = _Units.of(points, centroids, space)
+        units = _Units.of(points, centroids, space, 1.0 if scored else usual_share(points.x.shape[1]))
         best, floor = (np.full(len(points), LEAST, np.int32) for _ in range(2))
         cluster = np.zeros(len(points), np.int32)
         held = Candidates(points, centroids, space.metric)

@@ -1,7 +1,7 @@
 """k-means, spherical and L2, fitted on a sample in memory; and the exact assignment of every vector.
 
 `fit_kmeans` runs the rounds of `kmeans_rounds` over one array. A stream of parts that starts from the same centroids
-and runs the same rounds ends at the same ones, bit for bit. Codes decide the rounds; `assign` is exact.
+and runs the same rounds ends at the same ones, bit for bit. Rounds take `assignment.Nearest.usual`, `assign` is exact.
 """
 
 from typing import TypedDict

@@ -26,6 +26,8 @@ Float32 = npt.NDArray[np.float32]
 
 RANGE = 4.0
 """Coordinates of a rotated unit vector are about normal with deviation d ** -0.5; codes reach this many deviations."""
+USUAL_DEVIATIONS = 2.5
+"""Standard deviations that rounding is taken to be off by where chance, not proof, will do."""
 SLACK = 1e-5
 """Room for rounding around the bound: the score's to float32, the cutoff's, and those of the rotation in float64."""
 
@@ -62,6 +64,16 @@ def _rotation(dim: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64],
     block = dim & -dim
     signs = np.where(keyed_hash(0, "rotation signs", words) >> np.uint64(63), 1.0, -1.0) / np.sqrt(block)
     return order, signs, block
+
+
+def usual_share(dim: int) -> float:
+    """The share of an error of rounding that a product with a unit vector is off by, as a rule; at most 1.
+
+    Rounded coordinates are off independently, so <u - a, v> is a sum with deviation |u - a| d ** -0.5. Where blocks are
+    short a vector may lie in few coordinates, which are cut off together: b, the length of a block, stands for d. Two
+    products of one vector are compared by four such errors, each at USUAL_DEVIATIONS: five deviations of their sum.
+    """
+    return float(min(1.0, USUAL_DEVIATIONS / np.sqrt(dim & -dim)))
 
 
 LANES = 8

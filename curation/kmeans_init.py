@@ -1,6 +1,6 @@
 """Where k-means starts: a subsample, k-means++ or k-means||. Every draw is a keyed hash of (seed, purpose, row).
 
-Points of a sample are known by their row. Distances are those of `assignment.Nearest.exact`, in the space given.
+Points of a sample are known by their row. Distances are those of `assignment.Nearest`, in the space given.
 """
 
 from typing import Literal
@@ -54,7 +54,7 @@ def first_centroids(x: Vectors, num_clusters: int, init: Init, metric: Metric, s
     else:
         drawn = _oversample(points, num_clusters, space, seed, nearest)
         candidates = encode_points(as_centroids(x[drawn], metric), space)
-        owner = nearest.decided(points, candidates, space)
+        owner = nearest.usual(points, candidates, space)
         points, weight = candidates, np.bincount(owner, minlength=len(drawn)).astype(np.float64)
     return as_centroids(points.x[_plus_plus(points, weight, num_clusters, space, seed, nearest)], metric)
 

@@ -123,7 +123,7 @@ def partial_sums(
         The same however the points are cut into blocks. Holds 8 d k bytes, and two blocks for each thread.
     """
     target, total = encode_points(centroids, space), Partial.nothing(*centroids.shape)
-    for points, cluster in mapped(Nearest.decided, blocks, target, space, threads, device):
+    for points, cluster in mapped(Nearest.usual, blocks, target, space, threads, device):
         add_sums(total, points, cluster, space)
     return total
 

@@ -8,6 +8,7 @@ The files are what the page cache holds, not what a process does. 1 holds one bl
 node.
 """
 
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,15 +113,28 @@ def _write_at(path: str, values: npt.NDArray[Any], row: int) -> None:
             os.close(file)
 
 
+def _mapped(path: str, dtype: Any, shape: tuple[int, int], access: int) -> npt.NDArray[Any]:
+    """A file as an array.
+
+    Codes are read in order, most of them each time. Vectors are read here and there, where candidates are scored:
+    told so, the system fetches one page for each, not 32, and does not crowd out the codes.
+    """
+    # Copy-on-write, for arrays that are not writable would be another type to all that is compiled.
+    held = np.memmap(path, dtype, "c", shape=shape)
+    base = held.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(access)
+    return np.asarray(held)
+
+
 class Flat:
     """What `FlatStep` has made, mapped."""
 
     def __init__(self, uri: str) -> None:
         self._set = ShardSet(uri)
         count, dim = self._set.num_rows, int(self._set.manifest["info"]["dim"])
-        # Copy-on-write, for arrays that are not writable would be another type to all that is compiled.
-        self.vectors = np.asarray(np.memmap(_path(uri, "vectors"), np.float16, "c", shape=(count, dim)))
-        self._codes = np.asarray(np.memmap(_path(uri, "codes"), np.int8, "c", shape=(count, _code_length(dim))))
+        self.vectors = _mapped(_path(uri, "vectors"), np.float16, (count, dim), mmap.MADV_RANDOM)
+        self._codes = _mapped(_path(uri, "codes"), np.int8, (count, _code_length(dim)), mmap.MADV_NORMAL)
 
     def __len__(self) -> int:
         return len(self.vectors)
