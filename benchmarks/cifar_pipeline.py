@@ -23,13 +23,14 @@ from PIL import Image, ImageEnhance
 from benchmarks.calibrate_descriptor import judge, num_dropped, thumbnails
 from benchmarks.measure import PeakMemory, machine
 from pipelines.catalog import complete_sets, open_catalog
+from pipelines.cluster_tables import balance_tables
 from pipelines.executor import Executor, RayExecutor
 from pipelines.loopback import Reply, serve_blobs, write_blobs
 from pipelines.planted import label_balance, planted_copies, wrongly_dropped
 from pipelines.progress import Progress
 from pipelines.recipe import Recipe
 from pipelines.run import STAGES, Plan, make
-from pipelines.stats import Table, balance, funnel, markdown, query_sets, rejects
+from pipelines.stats import Table, funnel, markdown, query_sets, rejects
 
 CLASSES = ("airplane", "automobile", "horse")
 KINDS = ("recompressed", "cropped", "resized", "brightness")
@@ -213,7 +214,7 @@ def main() -> None:
         near = [row for row in planted.rows if row[0] in KINDS]
         print(f"{machine()}; {options.workers} workers\n")
         tables = [funnel(sets, connection), rejects(sets), planted, query_sets(sets, connection)]
-        tables += [label_balance(out, "web"), balance(sets, connection), stage_table(measured)]
+        tables += [label_balance(out, "web"), *balance_tables(out), stage_table(measured)]
         for table in tables:
             print(f"### {table.title}\n\n{markdown(table)}\n")
         found = sum(row[2] for row in near) / max(1, sum(row[1] for row in near))

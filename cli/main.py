@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from cli import questions, runs, stages
+from cli import questions, runs, selection, stages
 from curation.errors import LvdError
 
 app = typer.Typer(
@@ -20,7 +20,11 @@ app = typer.Typer(
     ),
 )
 
-GROUPS = (("Whole runs", runs.COMMANDS), ("Questions", questions.COMMANDS), ("Single stages", stages.COMMANDS))
+GROUPS = (
+    ("Whole runs", runs.COMMANDS),
+    ("Questions", questions.COMMANDS),
+    ("Single stages", stages.COMMANDS + selection.COMMANDS),
+)
 for group, commands in GROUPS:
     for command in commands:
         app.command(rich_help_panel=group)(command)

@@ -1,14 +1,15 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what commands do with them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from pipelines.executor import Executor
     from pipelines.progress import Progress
+    from pipelines.unit import Unit
 
 Workers = Annotated[
     int | None, typer.Option("--workers", "-w", help="Tasks at once; default: the processors there are.")
@@ -19,6 +20,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make again what wa
 Out = Annotated[str, typer.Option("--out", "-o", help="Where the result goes; any URI fsspec opens.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe's key, such as dedup.threshold=0.7.")]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or any URI fsspec opens.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+Pools = Annotated[list[str], typer.Argument(metavar="EMBEDDINGS...", help="Embeddings of the pools.")]
 
 
 @contextmanager
@@ -33,6 +36,28 @@ def workplace(workers: int | None, address: str | None, local: bool) -> Iterator
         yield executor, progress
     finally:
         executor.close()
+
+
+def run_stage(unit: "Unit", overwrite: bool, workers: int | None, address: str | None, local: bool) -> None:
+    """Bring one stage's outputs up to date."""
+    from pipelines.run import make
+
+    with workplace(workers, address, local) as (executor, progress):
+        make(unit, executor, progress, overwrite)
+
+
+def settings_of(model: Any, where: str, /, **values: Any) -> Any:
+    """Settings from options; those left out keep the model's defaults."""
+    from curation.config import validate
+
+    return validate(model, {key: value for key, value in values.items() if value is not None}, where)
+
+
+def absolute_places(places: list[str] | None) -> list[str]:
+    """Places as absolute paths or URIs; none where the option was left out."""
+    from curation.storage import absolute
+
+    return [absolute(place) for place in places or []]
 
 
 def complete_stage(incomplete: str) -> list[str]:

@@ -107,8 +107,9 @@ class _Units:
     def of(points: Points, centroids: Points, space: Space, share: float) -> "_Units":
         """`share` of what codes may be off is counted on."""
         assert points.codes is not None and centroids.codes is not None
-        scale, e = points.codes.scale**2, share * points.codes.error.astype(np.float64)
-        allowed = share * (1.0 + points.codes.error.max(initial=0.0)) * centroids.codes.error.astype(np.float64)
+        scale, e = points.codes.scale**2, points.codes.error.astype(np.float64)
+        allowed = share * (1.0 + e.max(initial=0.0)) * centroids.codes.error.astype(np.float64)
+        e *= share
         none, lengths, u = np.zeros(0, np.float32), centroids.length, points.length
         if space.metric == "cosine":
             # A point without a direction has no candidates: it scores 0 with all, and the lowest cluster takes it.
@@ -118,10 +119,10 @@ class _Units:
         unit = (u + longest) ** 2 / SCALE
         inverse = np.divide(1.0, unit, out=np.zeros_like(unit), where=unit > 0)
         margin = 2.0 * u * longest * e * inverse + L2_SLACK * SCALE
-        share = lengths / longest if longest > 0 else lengths
+        relative = lengths / longest if longest > 0 else lengths
         slope, offset = (2.0 * scale * u * inverse).astype(np.float32), inverse.astype(np.float32)
         reach, square = lengths.astype(np.float32), (lengths**2).astype(np.float32)
-        return _Units(_up(margin), _up(0.5 * SCALE * share * allowed), slope, offset, reach, square)
+        return _Units(_up(margin), _up(0.5 * SCALE * relative * allowed), slope, offset, reach, square)
 
 
 def _up(values: Float64) -> Int32:

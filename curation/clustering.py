@@ -1,7 +1,8 @@
 """k-means, spherical and L2, fitted on a sample in memory; and the exact assignment of every vector.
 
 `fit_kmeans` runs the rounds of `kmeans_rounds` over one array. A stream of parts that starts from the same centroids
-and runs the same rounds ends at the same ones, bit for bit. Rounds take `assignment.Nearest.usual`, `assign` is exact.
+and runs the same rounds ends at the same ones, bit for bit. Rounds assign by `assignment.Nearest.usual`; `assign` is
+exact.
 """
 
 from typing import TypedDict
@@ -14,7 +15,7 @@ from curation.distances import BLOCK_ROWS, Metric, Space, encode_points
 from curation.errors import ConfigError
 from curation.kmeans_init import Init, draw_rows, first_centroids
 from curation.kmeans_rounds import Partial, lloyd, partial_sums
-from curation.sampling import equal_shares
+from curation.sampling import equal_shares, proportional_shares
 from curation.scoring import Vectors, norms
 
 Int32 = npt.NDArray[np.int32]
@@ -106,15 +107,13 @@ def _clusters_within(points: Vectors, num_clusters: int, init: Init | None, sett
 
     These are in proportion to its points, or as many in each where the start is to be spread (Vo et al.).
     """
-    from curation.quantizer import share_lists  # which fits its lists by `fit_kmeans`
-
     num_coarse = round(np.sqrt(num_clusters))
     some = draw_rows(len(points), POINTS_PER_COARSE * num_coarse, settings["seed"], "k-means coarse")
     coarse = fit_kmeans(points[some], num_coarse, init=init, **settings)
     cell, _ = assign(points, coarse, metric=settings["metric"], device=settings["device"], threads=settings["threads"])
     size = np.bincount(cell, minlength=num_coarse)
     rows = np.split(np.argsort(cell, kind="stable"), np.cumsum(size)[:-1])
-    shares = share_lists(size, num_clusters) if init is None else equal_shares(size, num_clusters)
+    shares = proportional_shares(size, num_clusters) if init is None else equal_shares(size, num_clusters)
     within = [
         fit_kmeans(points[rows[c]], int(shares[c]), init=init, **settings) if size[c] else coarse[c : c + 1]
         for c in np.flatnonzero(shares)

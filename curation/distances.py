@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.codes import Codes, encode
-from curation.scoring import Vectors, check_comparable, compiled, norms, readable, widen
+from curation.scoring import Vectors, compiled, norms, readable, rows_of_pairs, widen
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -155,11 +155,7 @@ def squared_pairs(x: Vectors, i: npt.NDArray[Any], y: Vectors, j: npt.NDArray[An
     Raises:
         LvdError: vectors of different length; IndexError: a row that does not exist.
     """
-    check_comparable(x, y)
-    i, j = (np.ascontiguousarray(rows, dtype=np.int64) for rows in (i, j))
-    for rows, num_rows in ((i, len(x)), (j, len(y))):
-        if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
-            raise IndexError(f"pairs name rows {rows.min()} to {rows.max()} of {num_rows}")
+    i, j = rows_of_pairs(x, i, y, j)
     out = np.empty(len(i), dtype=np.float32)
     _squared_loop(readable(x), i, readable(y), j, out)
     return out

@@ -133,6 +133,7 @@ def combine(partials: Iterable[Partial]) -> Partial:
     rest = iter(partials)
     first = next(rest)
     total = Partial(first.sums.copy(), first.counts.copy(), first.squares.copy())
+    del first  # or it is held along with the others
     for other in rest:
         for mine, its in ((total.sums, other.sums), (total.counts, other.counts), (total.squares, other.squares)):
             np.add(mine, its, out=mine)

@@ -65,3 +65,17 @@ def ids_of(words: npt.NDArray[np.uint64]) -> pa.StringArray:
 def fixed_size_lists(values: npt.NDArray[np.generic], kind: pa.DataType) -> pa.FixedSizeListArray:
     """The inverse of `matrix`: [rows, dim] as a column of type `kind`."""
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
+
+
+def packed(vectors: npt.NDArray[np.float16]) -> pa.FixedSizeBinaryArray:
+    """Stored vectors float16 [rows, dim] as a column of 2 dim bytes a row, which needs no copy."""
+    plain = pa.py_buffer(np.ascontiguousarray(vectors))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(vectors.shape[1] * 2), len(vectors), [None, plain])
+
+
+def unpacked(table: pa.Table, column: str = "vector") -> npt.NDArray[np.float16]:
+    """The inverse of `packed`: float16 [rows, dim]."""
+    values = table[column].combine_chunks()
+    dim = values.type.byte_width // 2
+    flat = np.frombuffer(values.buffers()[1], np.float16)[values.offset * dim :][: len(values) * dim]
+    return flat.reshape(len(values), dim)

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from curation.clustering import fit_kmeans
 from curation.codes import Codes, encode
 from curation.errors import ConfigError
-from curation.hashing import keyed_hash
+from curation.kmeans_init import draw_rows
 from curation.products import Multiplier
+from curation.sampling import proportional_shares
 from curation.scoring import Vectors, compiled, inlined, norms
 
 Int8 = npt.NDArray[np.int8]
@@ -72,7 +73,7 @@ def fit_quantizer(
     """Fit coarse cells on a subsample, then lists within each cell on the sampled vectors nearest to it.
 
     Lists are shared out in proportion to the vectors of a cell; a cell without any keeps its centroid as its one list.
-    The same for the same arguments and matrix kernel. Holds the sample twice and its codes.
+    The same for the same arguments. Holds the sample twice and its codes.
 
     Args:
         sample: stored vectors [n, d]; vectors of length zero are left out.
@@ -80,7 +81,7 @@ def fit_quantizer(
         num_coarse: k1, at most C; by default the power of two nearest to 2 sqrt(C) by ratio.
         iterations: of k-means, on both levels.
         seed: of the subsample and of k-means.
-        threads: FAISS uses as many for the coarse cells; as many cells are then fitted at once, each by one thread.
+        threads: that assign points to the coarse cells; as many cells are then fitted at once, each by one thread.
 
     Raises:
         ConfigError: fewer vectors than lists, or fewer lists than coarse cells.
@@ -94,7 +95,7 @@ def fit_quantizer(
         )
     if not 1 <= num_coarse <= num_lists:
         raise ConfigError(f"{num_lists:,} lists cannot lie in {num_coarse:,} coarse cells: set between 1 and as many")
-    some = _draw(len(points), num_coarse * POINTS_PER_COARSE, seed)
+    some = draw_rows(len(points), num_coarse * POINTS_PER_COARSE, seed, "coarse cells")
     coarse = fit_kmeans(points[some], num_coarse, iterations=iterations, seed=seed, threads=threads)
     starts, fine = _fit_lists(points, coarse, num_lists, iterations, seed, threads)
     return Quantizer(coarse, fine, starts)
@@ -105,13 +106,6 @@ def default_num_coarse(num_lists: int) -> int:
     return min(num_lists, 2 ** round(1 + np.log2(num_lists) / 2)) if num_lists > 0 else 0
 
 
-def _draw(num_rows: int, wanted: int, seed: int) -> Int64:
-    """`wanted` rows, or all, by lowest keyed hash; int64, increasing."""
-    words = np.zeros((num_rows, 2), dtype=np.uint64)
-    words[:, 1] = np.arange(num_rows)
-    return np.sort(np.argsort(keyed_hash(seed, "coarse cells", words), kind="stable")[:wanted])
-
-
 def _fit_lists(
     points: Vectors, coarse: Float32, num_lists: int, iterations: int, seed: int, threads: int
 ) -> tuple[Int64, Float32]:
@@ -119,37 +113,16 @@ def _fit_lists(
     cell = _nearest_cells(encode(points).values, encode(coarse).values, 1, Multiplier())[:, 0]
     size = np.bincount(cell, minlength=len(coarse))
     rows = np.split(np.argsort(cell, kind="stable"), np.cumsum(size)[:-1])
-    shares = share_lists(size, num_lists)
+    shares = proportional_shares(size, num_lists)
 
     def fit(c: int) -> Float32:
         if not size[c]:
             return coarse[c : c + 1]
         return fit_kmeans(points[rows[c]], int(shares[c]), iterations=iterations, seed=seed, threads=1)
 
-    # FAISS's number of threads is a setting of the calling thread: in a pool it does not reach the caller's.
     with ThreadPoolExecutor(threads) as pool:
         fine = np.concatenate(list(pool.map(fit, range(len(coarse)))))
     return np.concatenate(([0], np.cumsum(shares))), fine
-
-
-def share_lists(size: Int64, num_lists: int) -> Int64:
-    """Lists of each cell, int64 [k1]: in proportion to `size`, at least 1, at most max(1, size); largest remainder.
-
-    They add up to `num_lists`, which lies between k1 and the sum of max(1, size).
-    """
-    most = np.maximum(size, 1)
-    low, high = 0.0, 1.0  # lists per vector: at `high` every cell has all that it can
-    for _ in range(64):
-        middle = (low + high) / 2
-        if np.clip(size * middle, 1, most).sum() <= num_lists:
-            low = middle
-        else:
-            high = middle
-    quota = np.clip(size * high, 1, most)
-    shares: Int64 = np.floor(quota).astype(np.int64)
-    missing = num_lists - int(shares.sum())
-    shares[np.argsort(shares - quota, kind="stable")[:missing]] += 1
-    return shares
 
 
 def nearest_lists(codes: Codes, quantizer: Quantizer, m: int, probes: int | None = None, device: str = "cpu") -> Int32:

@@ -101,6 +101,31 @@ def equal_shares(sizes: npt.NDArray[Any], target: int, max_copies: int = 1, orde
     return tree_shares(Tree((len(sizes),)), sizes, target, max_copies, None if order is None else (order,))
 
 
+def proportional_shares(sizes: npt.NDArray[Any], target: int) -> Int64:
+    """How many clusters each of k cells is divided into: in proportion to its size, by largest remainder.
+
+    Args:
+        sizes: rows of each cell, int [k].
+        target: clusters in all, from k to the sum of max(1, size).
+
+    Returns:
+        int64 [k], summing to `target`: from 1 to max(1, size) each.
+    """
+    most = np.maximum(sizes, 1)
+    low, high = 0.0, 1.0  # clusters a row: at `high` every cell has all that it can
+    for _ in range(64):
+        middle = (low + high) / 2
+        if np.clip(sizes * middle, 1, most).sum() <= target:
+            low = middle
+        else:
+            high = middle
+    quota = np.clip(sizes * high, 1, most)
+    shares: Int64 = np.floor(quota).astype(np.int64)
+    missing = target - int(shares.sum())
+    shares[np.argsort(shares - quota, kind="stable")[:missing]] += 1
+    return shares
+
+
 def _divided(limit: Int64, parent: Int32, target: Int64, order: UInt64 | None) -> Int64:
     """Shares of children, int64 [k], that add up to the target of each parent, int64 [p], within their limits."""
     shares = np.minimum(_largest_caps(limit, parent, target)[parent], limit)

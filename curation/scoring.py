@@ -176,6 +176,21 @@ def check_comparable(x: Vectors, y: Vectors) -> None:
         )
 
 
+def rows_of_pairs(
+    x: Vectors, i: npt.NDArray[Any], y: Vectors, j: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`i` and `j`, rows of `x` and of `y`, int [m] each, as int64.
+
+    Raises LvdError where vectors have different length; IndexError where a row does not exist.
+    """
+    check_comparable(x, y)
+    i, j = (np.ascontiguousarray(rows, dtype=np.int64) for rows in (i, j))
+    for rows, num_rows in ((i, len(x)), (j, len(y))):
+        if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
+            raise IndexError(f"pairs name rows {rows.min()} to {rows.max()} of {num_rows}")
+    return i, j
+
+
 def not_finite(x: Vectors) -> int | None:
     """The first row of `x` [n, d] with NaN or infinite values, None where there is none."""
     finite = np.ones(len(x), dtype=np.bool_)
@@ -224,11 +239,7 @@ def cosine_pairs(
     Raises:
         LvdError: vectors of different length; IndexError: a row that does not exist.
     """
-    check_comparable(x, y)
-    i, j = (np.ascontiguousarray(rows, dtype=np.int64) for rows in (i, j))
-    for rows, num_rows in ((i, len(x)), (j, len(y))):
-        if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
-            raise IndexError(f"pairs name rows {rows.min()} to {rows.max()} of {num_rows}")
+    i, j = rows_of_pairs(x, i, y, j)
     out = np.empty(len(i), dtype=np.float32)
     _cosine_loop(readable(x), i, _fillable(x_norms, len(x)), readable(y), j, _fillable(y_norms, len(y)), out)
     return out

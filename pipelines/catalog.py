@@ -21,28 +21,54 @@ DEPTHS = {
     "centroids": 0,
     "clusters": 1,
     "retrieved": 1,
+    "retrieval_recall": 1,
     "selection": 0,
     "shards": 0,
 }
-"""Directories of a run, in the order of the stages, and how far below them the sets lie."""
+"""Kinds of sets, in the order of the stages, and how many names follow the kind: directories of a run and below it."""
+BESIDE = {"retrieval_recall": ("retrieved", "_recall_")}
+"""Kinds that lie in another one's directory, under names that begin so: `retrieved/_recall_birds`."""
+
+
+def place_of(run: str, name: str) -> str:
+    """Where the set of that name lies in a run."""
+    kind, *below = name.split("/")
+    if kind not in BESIDE:
+        return storage.join(run, name)
+    folder, prefix = BESIDE[kind]
+    return storage.join(run, folder, prefix + below[0])
+
+
+def _names(run: str, kind: str) -> list[str]:
+    """Names of what may be sets of a kind."""
+    if kind in BESIDE:
+        folder, prefix = BESIDE[kind]
+        below = (name for name in storage.names(storage.join(run, folder)) if name.startswith(prefix))
+        return [f"{kind}/{name.removeprefix(prefix)}" for name in below]
+    names = [kind]
+    for _ in range(DEPTHS[kind]):
+        names = [f"{n}/{below}" for n in names for below in storage.names(storage.join(run, n)) if below[0] not in "._"]
+    return names
 
 
 def find_sets(run: str) -> dict[str, ShardSet]:
     """The sets of a run, complete or begun, by name (`images/web`). Raises ConfigError where there is none."""
     found: dict[str, ShardSet] = {}
-    for kind, depth in DEPTHS.items():
-        names = [kind]
-        for _ in range(depth):
-            names = [
-                f"{n}/{below}" for n in names for below in storage.names(storage.join(run, n)) if below[0] not in "._"
-            ]
-        for name in names:
-            shard_set = ShardSet(storage.join(run, name))
-            if shard_set.is_complete or shard_set.begun() is not None:
+    for kind in DEPTHS:
+        for name in _names(run, kind):
+            shard_set = ShardSet(place_of(run, name))
+            if _is_set(shard_set, kind):
                 found[name] = shard_set
     if not found:
         raise ConfigError(f"{run} holds no run" if storage.exists(run) else f"{run} does not exist")
     return found
+
+
+def _is_set(shard_set: ShardSet, kind: str) -> bool:
+    """Whether there is a set, complete or begun, and where it lies among working sets, one of that kind."""
+    if kind in BESIDE:
+        return (shard_set.begun() or {}).get("kind") == kind
+    return shard_set.is_complete or shard_set.begun() is not None
 
 
 def complete_sets(run: str) -> dict[str, ShardSet]:
@@ -54,7 +80,8 @@ def open_catalog(run: str) -> Any:
     """A DuckDB connection to an in-memory database with views over the complete sets of a run.
 
     `images_web` is the set images/web; `images` all sets of that kind, with a column that tells them apart (`source`,
-    for embeddings also `embedder`, for retrieved `query_set`); `rejects` all rejects; `sets` one row a set.
+    for embeddings also `embedder`, for what is retrieved and its recall `query_set`); `rejects` all rejects; `sets`
+    one row a set.
     """
     import duckdb
 
@@ -122,15 +149,16 @@ def _columns(kind: str) -> Any:
     """The schema of sets of a kind."""
     from pipelines.join import EDGES
     from pipelines.recall import RECALL
+    from pipelines.retrieve_recall import RETRIEVAL_RECALL
 
-    own = {"forest": EDGES, "recall": RECALL}
+    own = {"forest": EDGES, "recall": RECALL, "retrieval_recall": RETRIEVAL_RECALL}
     return own[kind] if kind in own else getattr(schemas, kind.upper())
 
 
 def _unite(connection: Any, kind: str, views: dict[str, str]) -> None:
     """One view over all sets of a kind, with what tells them apart."""
-    keys = {"embeddings": ["embedder", "source"], "retrieved": ["query_set"]}.get(kind, ["source"])
-    selects = []
+    named = {"embeddings": ["embedder", "source"], "retrieved": ["query_set"], "retrieval_recall": ["query_set"]}
+    keys, selects = named.get(kind, ["source"]), []
     for name, view in views.items():
         values = ", ".join(f"{_literal(v)} AS {k}" for k, v in zip(keys, name.split("/")[1:], strict=True))
         selects.append(f'SELECT {values}, * FROM "{view}"')

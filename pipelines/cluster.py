@@ -4,7 +4,7 @@ With levels the centroids are clustered in turn (`pipelines.level_steps`), and a
 
 One task fits a sample of up to `memory_rows` images in memory: it holds 4 d bytes an image, 20 d k bytes, and 16 bytes
 an image of the pools for the draw. A larger sample is streamed: centroids fitted on `memory_rows` of its images, then
-rounds over all of it (`pipelines.cluster_rounds`), whose tasks hold one part and 16 d k bytes. Assignment holds one
+rounds over all of it (`pipelines.cluster_rounds`), whose tasks hold one part and 24 d k bytes. Assignment holds one
 part and the centroids with their codes. Time grows with images times clusters.
 """
 

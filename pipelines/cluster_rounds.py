@@ -112,7 +112,7 @@ class SumsStep(Step):
 
 @dataclass
 class RoundStep(Step):
-    """The centroids after a round. Holds the sums of two groups, 16 d k bytes, and the centroids twice."""
+    """The centroids after a round. Holds the sums of three groups, 24 d k bytes, while it adds them up."""
 
     sums: str
     centroids: str

@@ -23,8 +23,14 @@ def cluster_tables(run: str) -> list[Table]:
     return [_balance(spread), _coverage(spread, queries)]
 
 
+def balance_tables(run: str) -> list[Table]:
+    """The balance of each level alone."""
+    spread = Asked(run).spread
+    return [] if spread is None else [_balance(spread)]
+
+
 def _balance(spread: Spread) -> Table:
-    """How even images lie over the clusters of each level, empty ones counted."""
+    """How even images lie over the clusters of each level, empty ones counted; selected ones with their copies."""
     rows: list[list[Any]] = []
     for level, sizes in enumerate(spread.sizes):
         kinds = [("pool after dedup", sizes)]

@@ -7,12 +7,13 @@ from curation import storage
 from curation.errors import ConfigError
 from pipelines import demo_web
 from pipelines.catalog import complete_sets, open_catalog
+from pipelines.cluster_tables import balance_tables
 from pipelines.executor import Executor
 from pipelines.planted import label_balance, planted_copies, wrongly_dropped
 from pipelines.progress import Progress
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.run import check_place, run
-from pipelines.stats import Table, balance, funnel, rejects
+from pipelines.stats import Table, funnel, rejects
 
 SOURCE = "web"
 
@@ -60,7 +61,7 @@ def _tables(out: str, web: demo_web.DemoWeb) -> list[Table]:
         [[looked, wrong, wrong / looked]],
     )
     labels = label_balance(out, SOURCE)
-    return [funnel(sets, connection), rejects(sets), planted, mistakes, labels, balance(sets, connection)]
+    return [funnel(sets, connection), rejects(sets), planted, mistakes, labels, *balance_tables(out)]
 
 
 def _hints(out: str) -> list[str]:

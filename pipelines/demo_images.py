@@ -11,7 +11,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.demo_scenes import PAINTERS, Array, Random, noise, to_bytes
+from pipelines.demo_brushes import Array, Random, noise, to_bytes
+from pipelines.demo_scenes import PAINTERS
 
 CONCEPTS = tuple(PAINTERS)
 """What there are pictures of, the commonest of the demo's web first."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 from curation import faiss_engine
 from curation.shards import PartWriter, ShardSet
 from pipelines.executor import Needs
-from pipelines.join import EDGES, JOIN_ROWS, Keep, Reducer, edge_table, read_sample
+from pipelines.join import JOIN_ROWS, Keep, PairsStep, edge_table, read_sample
 from pipelines.nodes import Nodes
 from pipelines.unit import Step
 
@@ -69,17 +69,11 @@ def spans(nodes: Nodes, keep: Keep) -> list[tuple[int, int]]:
 
 
 @dataclass
-class FaissStep(Step):
+class FaissStep(PairsStep):
     """Part i: what the index proposes for block i (of the pools alone with keep `best`), scored and reduced."""
 
-    nodes: Nodes
-    threshold: float
-    keep_of: Keep
     index: str
     settings: IndexSettings
-
-    def schema(self) -> pa.Schema:
-        return EDGES
 
     @property
     def needs(self) -> Needs:
@@ -101,7 +95,7 @@ class FaissStep(Step):
         proposals = faiss_engine.pairs_from_index(
             self._loaded, queries, self.threshold, settings.k, slack=settings.slack
         )
-        reducer = Reducer(self.nodes, self.keep_of, self.threshold, np.arange(len(self.nodes)))
+        reducer = self.reducer(np.arange(len(self.nodes)))
         row = 0
         for start, end in spans(self.nodes, self.keep_of):
             others, values = self.nodes.read(start, end)

@@ -25,8 +25,7 @@ from curation.join import Rows
 from curation.products import Multiplier
 from curation.scoring import cosine_pairs, norms
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
-from pipelines.executor import Needs
-from pipelines.join import on_device, read_sample
+from pipelines.join import DeviceStep, read_sample
 from pipelines.nodes import Nodes
 from pipelines.unit import Step
 
@@ -63,17 +62,13 @@ def _path(uri: str, name: str) -> str:
 
 
 @dataclass
-class FlatStep(Step):
+class FlatStep(DeviceStep):
     """Part k: nodes of block k. Those that take no part leave zeros. With `hubs`, the ball that each lies in."""
 
     nodes: Nodes
     threshold: float
     hubs: str | None
     device: str = "cpu"
-
-    @property
-    def needs(self) -> Needs:
-        return on_device(self.device)
 
     def schema(self) -> pa.Schema:
         return FLAT

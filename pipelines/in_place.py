@@ -11,19 +11,15 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from curation.forest import Edges
 from curation.join import Join, Members, Rows, join_cells
 from curation.products import Multiplier
 from curation.scoring import compiled
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
-from pipelines.executor import Needs
 from pipelines.flat import Flat, read_leads
-from pipelines.join import EDGES, Keep, Reducer, edge_table, on_device, read_sample, without
-from pipelines.nodes import Nodes
+from pipelines.join import DeviceStep, PairsStep, edge_table, read_sample, without
 from pipelines.partitioned import read_lists
-from pipelines.unit import Step
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -37,15 +33,12 @@ PIECE_VISITS = 1 << 20
 
 
 @dataclass
-class InPlaceStep(Step):
+class InPlaceStep(PairsStep, DeviceStep):
     """Part r * ranges + k: the pairs that meet in the k-th range of the lists of quantizer r, reduced.
 
     Part 0 also tells the edges of hubs and of equal vectors.
     """
 
-    nodes: Nodes
-    threshold: float
-    keep_of: Keep
     hubs: str
     flat: str
     leads: str
@@ -54,13 +47,6 @@ class InPlaceStep(Step):
     quantizers: int
     lists_joined: int
     device: str = "cpu"
-
-    @property
-    def needs(self) -> Needs:
-        return on_device(self.device)
-
-    def schema(self) -> pa.Schema:
-        return EDGES
 
     def _ranges(self) -> int:
         return -(-len(self.nodes) * self.lists_joined // VISITS)
@@ -80,7 +66,7 @@ class InPlaceStep(Step):
         stored, visiting = self._members(number, first, last, takes_part)
         hub = self._hub_edges(flat, takes_part)
         met, name = _named(len(flat), stored.rows, visiting.rows, hub[0])
-        reducer = Reducer(self.nodes, self.keep_of, self.threshold, met)
+        reducer = self.reducer(met)
         if reducer.forest is not None:
             inside = name[hub[1]] >= 0
             reducer.forest.add(name[hub[0][inside]], name[hub[1][inside]], hub[2][inside])

@@ -168,9 +168,33 @@ class Reducer:
         return a, b, similarity
 
 
-def on_device(device: str) -> Needs:
-    """What a worker needs that multiplies there."""
-    return Needs(gpus=1 if device == "cuda" else 0)
+class DeviceStep(Step):
+    """A step that multiplies on its `device`.
+
+    Each subclass lists `device` itself, for a field with a default must come after those without.
+    """
+
+    device: str
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(gpus=1 if self.device == "cuda" else 0)
+
+
+@dataclass
+class PairsStep(Step):
+    """Writes pairs of `nodes` above `threshold`: of each part's, what `keep_of` says."""
+
+    nodes: Nodes
+    threshold: float
+    keep_of: Keep
+
+    def schema(self) -> pa.Schema:
+        return EDGES
+
+    def reducer(self, numbers: Int64) -> Reducer:
+        """What a part keeps of the pairs among nodes `numbers`."""
+        return Reducer(self.nodes, self.keep_of, self.threshold, numbers)
 
 
 def block_rows(num_nodes: int) -> int:
@@ -179,22 +203,12 @@ def block_rows(num_nodes: int) -> int:
 
 
 @dataclass
-class ExactStep(Step):
+class ExactStep(PairsStep, DeviceStep):
     """Part i: block i against itself and half of the others, around in a circle; with keep `best`, pools' blocks alone
     against all blocks of references. Without `hubs` no two vectors are spared."""
 
-    nodes: Nodes
-    threshold: float
-    keep_of: Keep
     hubs: str | None
     device: str = "cpu"
-
-    @property
-    def needs(self) -> Needs:
-        return on_device(self.device)
-
-    def schema(self) -> pa.Schema:
-        return EDGES
 
     def _blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
         rows = block_rows(len(self.nodes))
@@ -205,7 +219,7 @@ class ExactStep(Step):
 
     def write_part(self, part: int, writer: PartWriter) -> None:
         multiplier = Multiplier(self.device)
-        reducer = Reducer(self.nodes, self.keep_of, self.threshold, np.arange(len(self.nodes)))
+        reducer = self.reducer(np.arange(len(self.nodes)))
         join = Join(self.threshold, reducer.all, multiplier)
         if self.keep_of == "best":
             own = self._rows(*self._blocks(0, self.nodes.num_pool)[part], multiplier)

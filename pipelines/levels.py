@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from curation import schemas
 from curation.clustering import assign, fit_kmeans
 from curation.hierarchy import PRESETS, KMeans, Level, scaled
+from curation.kmeans_init import Init
 from curation.partwise import fixed_size_lists, matrix
 from curation.sampling import Tree
 from curation.shards import ShardSet
@@ -51,10 +52,14 @@ def _half_mean(num_points: int, num_clusters: int) -> int:
     return max(1, -(-num_points // (2 * num_clusters)))
 
 
+def init_of(settings: ClusterSettings) -> Init | None:
+    """Where k-means starts. More than one fit needs a start that is spread out, so it is the default there."""
+    return settings.init or ("k-means||" if num_levels(settings) > 1 or settings.finest_fits > 1 else None)
+
+
 def kmeans_of(settings: ClusterSettings, seed: int) -> KMeans:
-    """The k-means of all levels. More than one level needs a start that is spread out, so it is the default there."""
-    init = settings.init or ("k-means||" if num_levels(settings) > 1 or settings.finest_fits > 1 else None)
-    fit = functools.partial(fit_kmeans, init=init, tolerance=settings.tolerance)
+    """The k-means of all levels."""
+    fit = functools.partial(fit_kmeans, init=init_of(settings), tolerance=settings.tolerance)
     return KMeans(settings.iterations, seed, settings.threads, fit, functools.partial(assign, threads=settings.threads))
 
 

@@ -19,10 +19,8 @@ from curation.join import rows_of
 from curation.nearest import NONE, Nearest, query_rows
 from curation.products import Multiplier
 from curation.shards import PartWriter, ShardSet
-from pipelines.executor import Needs
-from pipelines.join import on_device, read_sample
+from pipelines.join import DeviceStep, read_sample
 from pipelines.nodes import Nodes
-from pipelines.unit import Step
 from pipelines.vectors import Vectors
 
 Int64 = npt.NDArray[np.int64]
@@ -79,7 +77,7 @@ class KeptNodes(Nodes):
 
 
 @dataclass
-class CompareStep(Step):
+class CompareStep(DeviceStep):
     """Part i * spans + j: query block i against span j of the pools; the k best of that span.
 
     With `sample`, a set of sampled queries, these alone are asked.
@@ -90,10 +88,6 @@ class CompareStep(Step):
     k: int
     sample: str | None = None
     device: str = "cpu"
-
-    @property
-    def needs(self) -> Needs:
-        return on_device(self.device)
 
     def schema(self) -> pa.Schema:
         return NEAR

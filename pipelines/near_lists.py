@@ -21,14 +21,13 @@ import pyarrow.compute as pc
 
 from curation.join import Members, rows_of
 from curation.nearest import Nearest, query_rows
-from curation.partwise import fixed_size_lists, matrix
+from curation.partwise import fixed_size_lists, matrix, packed, unpacked
 from curation.products import Multiplier
 from curation.shards import PartWriter, ShardSet
-from pipelines.executor import Needs
-from pipelines.join import on_device
+from pipelines.join import DeviceStep
 from pipelines.near import NEAR, write_near
 from pipelines.nodes import Nodes
-from pipelines.partitioned import LIST_ROWS, read_lists
+from pipelines.partitioned import LIST_ROWS, lists_type, read_lists
 from pipelines.unit import Step
 
 Int64 = npt.NDArray[np.int64]
@@ -62,10 +61,6 @@ class Ranges:
         return lists.astype(np.int64) * self.count // self.num_lists(number)
 
 
-def _lists_type(count: int) -> pa.DataType:
-    return pa.list_(pa.field("item", pa.int32(), nullable=False), count)
-
-
 @dataclass
 class TravelStep(Step):
     """Part k: the vectors of block k, under each quantizer once for each range that one of their lists lies in.
@@ -82,7 +77,7 @@ class TravelStep(Step):
     def schema(self) -> pa.Schema:
         vector = pa.field("vector", pa.binary(2 * self.nodes.vectors.dim))
         ids = [pa.field("high", pa.uint64()), pa.field("low", pa.uint64())] if self.with_ids else []
-        lists = pa.field("lists", _lists_type(self.lists_joined))
+        lists = pa.field("lists", lists_type(self.lists_joined))
         return pa.schema([pa.field("number", pa.int64()), lists, vector, *ids])
 
     def num_parts(self) -> int:
@@ -96,9 +91,7 @@ class TravelStep(Step):
         for number in range(self.ranges.num_quantizers):
             lists = read_lists(self.lists, part, number)[numbers - start]
             rows, ranges = _destinations(self.ranges.of(lists, number))
-            plain = pa.py_buffer(np.ascontiguousarray(values[rows]))
-            vectors = pa.FixedSizeBinaryArray.from_buffers(schema.field("vector").type, len(rows), [None, plain])
-            columns = [numbers[rows], fixed_size_lists(lists[rows], schema.field("lists").type), vectors]
+            columns = [numbers[rows], fixed_size_lists(lists[rows], schema.field("lists").type), packed(values[rows])]
             columns += [words[rows, 0], words[rows, 1]] if words is not None else []
             writer.write_buckets(pa.table(columns, schema=schema), number * self.ranges.count + ranges)
 
@@ -113,7 +106,7 @@ def _destinations(ranges: Int64) -> tuple[Int64, Int64]:
 
 
 @dataclass
-class MeetStep(Step):
+class MeetStep(DeviceStep):
     """Part r * ranges + p: what queries met in range p of the lists of quantizer r."""
 
     queries: str
@@ -122,10 +115,6 @@ class MeetStep(Step):
     ranges: Ranges
     k: int
     device: str = "cpu"
-
-    @property
-    def needs(self) -> Needs:
-        return on_device(self.device)
 
     def schema(self) -> pa.Schema:
         return NEAR
@@ -184,9 +173,7 @@ def _vectors(tables: list[pa.Table], order: Int64) -> Float16:
     start = 0
     while tables:
         table = tables.pop(0)
-        column = table["vector"].combine_chunks()
-        flat = np.frombuffer(column.buffers()[1], np.float16)[column.offset * dim :][: table.num_rows * dim]
-        values[place[start : start + table.num_rows]] = flat.reshape(table.num_rows, dim)
+        values[place[start : start + table.num_rows]] = unpacked(table)
         start += table.num_rows
     return values
 

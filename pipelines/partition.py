@@ -14,14 +14,11 @@ import pyarrow as pa
 from curation.hubs import content_hash
 from curation.join import Join, Members, Unique, all_rows, comparable, join_cells, unique, visitors
 from curation.layout import home_cell
-from curation.partwise import matrix
+from curation.partwise import matrix, unpacked
 from curation.products import Multiplier
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
-from pipelines.executor import Needs
-from pipelines.join import EDGES, Keep, Reducer, edge_table, on_device, read_sample, without
-from pipelines.nodes import Nodes
+from pipelines.join import DeviceStep, PairsStep, edge_table, read_sample, without
 from pipelines.partitioned import read_layout
-from pipelines.unit import Step
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -45,7 +42,7 @@ class Held:
 
 def gather_partition(scattered: str, part: int, dim: int, lists_joined: int) -> Held:
     """What travelled to partition `part`."""
-    pieces = [_columns(table, dim) for table in ShardSet(scattered).gather(part)]
+    pieces = [_columns(table) for table in ShardSet(scattered).gather(part)]
     rows = sum(len(numbers) for numbers, _, _ in pieces)
     held = Held(np.empty(rows, np.int64), np.empty((rows, dim), np.float16), np.empty((rows, lists_joined), np.int32))
     start = 0
@@ -58,28 +55,18 @@ def gather_partition(scattered: str, part: int, dim: int, lists_joined: int) -> 
 
 
 @dataclass
-class PartitionStep(Step):
+class PartitionStep(PairsStep, DeviceStep):
     """Part p: the pairs in partition p of quantizer `number`, reduced.
 
     What was scattered is no longer needed once all parts are done.
     """
 
-    nodes: Nodes
-    threshold: float
-    keep_of: Keep
     hubs: str
     layout: str
     scattered: str
     number: int
     lists_joined: int
     device: str = "cpu"
-
-    @property
-    def needs(self) -> Needs:
-        return on_device(self.device)
-
-    def schema(self) -> pa.Schema:
-        return EDGES
 
     def num_parts(self) -> int:
         return read_layout(self.layout, self.number).num_partitions
@@ -93,7 +80,7 @@ class PartitionStep(Step):
         found, pivots = self._unique(held, multiplier)
         absent = pivots[~np.isin(pivots, held.numbers)]
         names = np.concatenate([held.numbers, absent])
-        reducer = Reducer(self.nodes, self.keep_of, self.threshold, names)
+        reducer = self.reducer(names)
         hub, member, similarity = found.hub
         by_name = np.argsort(names, kind="stable")
         center = by_name[np.searchsorted(names, pivots[hub], sorter=by_name)] if len(hub) else hub
@@ -145,8 +132,6 @@ class PartitionStep(Step):
         return is_home
 
 
-def _columns(table: pa.Table, dim: int) -> tuple[Int64, Float16, Int32]:
+def _columns(table: pa.Table) -> tuple[Int64, Float16, Int32]:
     """Columns of a scattered table as arrays."""
-    column = table["vector"].combine_chunks()
-    values = np.frombuffer(column.buffers()[1], np.float16)[column.offset * dim :][: table.num_rows * dim]
-    return table["number"].to_numpy(), values.reshape(table.num_rows, dim), matrix(table, "lists")
+    return table["number"].to_numpy(), unpacked(table), matrix(table, "lists")

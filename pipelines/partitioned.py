@@ -24,13 +24,13 @@ import pyarrow as pa
 from curation.codes import encode
 from curation.hubs import balls
 from curation.layout import Layout, destinations, plan_layout
-from curation.partwise import fixed_size_lists, matrix
+from curation.partwise import fixed_size_lists, matrix, packed
 from curation.products import Multiplier
 from curation.quantizer import Quantizer, fit_quantizer, nearest_lists
 from curation.scoring import norms
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.executor import Needs
-from pipelines.join import Keep, on_device, read_sample
+from pipelines.join import DeviceStep, Keep, read_sample
 from pipelines.nodes import Nodes
 from pipelines.unit import Step
 
@@ -47,7 +47,8 @@ LISTS_RANKED = 4
 All are where all are joined."""
 
 
-def _lists_type(count: int) -> pa.DataType:
+def lists_type(count: int) -> pa.DataType:
+    """The type of a column of so many lists a vector."""
     return pa.list_(pa.field("item", pa.int32(), nullable=False), count)
 
 
@@ -98,7 +99,7 @@ def read_quantizer(uri: str, number: int) -> Quantizer:
 
 
 @dataclass
-class ListsStep(Step):
+class ListsStep(DeviceStep):
     """One row a node, those that take no part included (all lists -1): its lists under each quantizer, best first."""
 
     nodes: Nodes
@@ -108,7 +109,7 @@ class ListsStep(Step):
 
     @property
     def needs(self) -> Needs:
-        return replace(on_device(self.device), resident=True)
+        return replace(super().needs, resident=True)
 
     @cached_property
     def _quantizers(self) -> list[Quantizer]:
@@ -116,7 +117,7 @@ class ListsStep(Step):
 
     def schema(self) -> pa.Schema:
         numbers = range(ShardSet(self.quantizers).num_parts)
-        return pa.schema([(lists_column(number), _lists_type(self.lists_joined)) for number in numbers])
+        return pa.schema([(lists_column(number), lists_type(self.lists_joined)) for number in numbers])
 
     def num_parts(self) -> int:
         return -(-len(self.nodes) // LIST_ROWS)
@@ -130,7 +131,7 @@ class ListsStep(Step):
             lists = np.full((stop - start, self.lists_joined), -1, np.int32)
             probes = _probes(quantizer, self.lists_joined)
             lists[numbers - start] = nearest_lists(codes, quantizer, self.lists_joined, probes, self.device)
-            columns.append(fixed_size_lists(lists, _lists_type(self.lists_joined)))
+            columns.append(fixed_size_lists(lists, lists_type(self.lists_joined)))
         writer.write(pa.table(columns, schema=self.schema()), GROUP_ROWS)
 
 
@@ -210,7 +211,7 @@ class ScatterStep(Step):
             [
                 ("number", pa.int64()),
                 ("vector", pa.binary(2 * self.nodes.vectors.dim)),
-                ("lists", _lists_type(self.lists_joined)),
+                ("lists", lists_type(self.lists_joined)),
             ]
         )
 
@@ -220,10 +221,7 @@ class ScatterStep(Step):
     def write_part(self, part: int, writer: PartWriter) -> None:
         numbers, values, lists = self._block(part)
         rows, partitions = destinations(lists, read_layout(self.layout, self.number))
-        plain = pa.py_buffer(np.ascontiguousarray(values[rows]))
-        kind = self.schema().field("vector").type
-        vectors = pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, plain])
-        columns = [pa.array(numbers[rows]), vectors, fixed_size_lists(lists[rows], _lists_type(self.lists_joined))]
+        columns = [numbers[rows], packed(values[rows]), fixed_size_lists(lists[rows], lists_type(self.lists_joined))]
         writer.write_buckets(pa.table(columns, schema=self.schema()), partitions.astype(np.int64))
 
     def _block(self, block: int) -> tuple[Int64, Float16, Int32]:

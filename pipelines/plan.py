@@ -1,4 +1,4 @@
-"""What a recipe would do, before anything runs: tasks, rows, bytes, what is already there, and what dedup costs.
+"""What a recipe would do, before anything runs: tasks, rows, bytes, what is already there, and what its products cost.
 
 Figures of sets that exist are exact; others are estimated from what the recipe declares, or from Parquet footers.
 """
@@ -11,11 +11,16 @@ import pyarrow.parquet as pq
 from curation import storage
 from curation.errors import LvdError
 from curation.shards import ReadableParquet, ShardSet
+from pipelines.catalog import place_of
 from pipelines.filter import BUCKET_ROWS
 from pipelines.levels import levels_of
-from pipelines.price import chosen_engine, price_tables, size_text
+from pipelines.price import Cost, size_text
+from pipelines.price_clusters import cluster_price_tables
+from pipelines.price_dedup import chosen_engine, dedup_price_tables
+from pipelines.price_retrieval import retrieval_price_tables, sample_costs
 from pipelines.raw import find_files, find_images
 from pipelines.recipe import PartSettings, Recipe, SourceSettings
+from pipelines.retrieve_engine import resolve
 from pipelines.run import Plan
 from pipelines.stats import Table
 
@@ -37,7 +42,7 @@ class Line:
 
 
 def plan_tables(recipe: Recipe, run: str | None) -> list[Table]:
-    """The plan as tables: sets to make, the parts of the final set with their nominal sizes, and the cost of dedup."""
+    """The plan as tables: sets to make, the parts of the final set with their nominal sizes, and what stages cost."""
     counted = {name: count_rows(source) for name, source in recipe.sources.items()}
     recipe = recipe.model_copy(update={"parts": [_sized(part, counted) for part in recipe.parts]})
     lines = list(_lines(recipe, run, counted))
@@ -48,19 +53,42 @@ def plan_tables(recipe: Recipe, run: str | None) -> list[Table]:
     parts: list[list[str | int | None]] = [[part.title, part.nominal] for part in recipe.parts]
     parts.append(["total of those known", nominal_total(recipe)])
     tables.append(Table("Parts of the final set", ["part", "images (nominal)"], parts))
-    return [*tables, *_dedup_price(recipe, run, lines)]
+    return [*tables, *_prices(recipe, run, lines)]
 
 
-def _dedup_price(recipe: Recipe, run: str | None, lines: list[Line]) -> list[Table]:
-    """What dedup costs, if the pools' rows are known: exactly where they are embedded, else as many as there may be."""
-    plan = Plan(recipe, run or "run")
-    names = [f"embeddings/{recipe.dedup.embedder}/{pool}" for pool in plan.pools]
+def _prices(recipe: Recipe, run: str | None, lines: list[Line]) -> list[Table]:
+    """What dedup, clustering and retrieval cost, as far as rows are known."""
+    plan, tables = Plan(recipe, run or "run"), list[Table]()
+    count, dim = _vectors(plan, run, lines, recipe.dedup.embedder, plan.pools)
+    if count is not None:
+        tables += dedup_price_tables(recipe.dedup, count, dim)
+    embedder = recipe.cluster.embedder
+    count, dim = _vectors(plan, run, lines, embedder, plan.pools)
+    if not count:
+        return tables
+    if plan.needs_clusters:
+        tables += cluster_price_tables(recipe.cluster, count, dim, recipe.rows_per_part)
+    costs: list[Cost] = []
+    for part in recipe.parts:
+        if part.retrieved:
+            asked, _ = _vectors(plan, run, lines, embedder, [part.retrieved])
+            if asked and part.mode == "sample":
+                costs += sample_costs(part.retrieved, recipe.retrieve, asked, count, dim)
+    return [*tables, *retrieval_price_tables(costs, count, dim)]
+
+
+def _vectors(
+    plan: Plan, run: str | None, lines: list[Line], embedder: str, sources: list[str]
+) -> tuple[int | None, int]:
+    """How many vectors sources have, exactly where they are embedded, else at most, if known; and of how many numbers.
+
+    Of nothing that is embedded the number is a guess.
+    """
+    names = [f"embeddings/{embedder}/{source}" for source in sources]
     rows = [line.rows for line in lines if line.name in names]
-    if None in rows:
-        return []
     made = [ShardSet(plan.place(*name.split("/"))) for name in names] if run else []
     dims = [int(shard_set.manifest["info"]["dim"]) for shard_set in made if shard_set.is_complete]
-    return price_tables(recipe.dedup, sum(count or 0 for count in rows), (dims or [VECTOR_BYTES // 2])[0])
+    return None if None in rows else sum(count or 0 for count in rows), (dims or [VECTOR_BYTES // 2])[0]
 
 
 def nominal_total(recipe: Recipe) -> int:
@@ -100,7 +128,7 @@ def _lines(recipe: Recipe, run: str | None, rows: dict[str, int | None]) -> Iter
             tasks = -(-count // recipe.rows_per_part)
         size = None if count is None else int(count * row_bytes)
         line = Line(stage, name, tasks, count, size, "to do")
-        yield _found(line, ShardSet(plan.place(*name.split("/")))) if run else line
+        yield _found(line, ShardSet(place_of(plan.run, name))) if run else line
 
 
 def _expected(
@@ -135,6 +163,9 @@ def _expected(
         asked = _tasks(recipe, [rows[name]] if "sample" in modes else [])
         tasks = None if asked is None else asked + modes.count("cluster")
         yield "retrieve", f"retrieved/{name}", count, 80, tasks
+        sides = None if pool_rows is None or rows[name] is None else (rows[name] or 0, pool_rows)
+        if "sample" in modes and sides and resolve(recipe.retrieve, *sides, 1).name != "exact":
+            yield "retrieve", f"retrieval_recall/{name}", 1, 100, 1
     total = nominal_total(recipe) or None
     yield "rebalance", "selection", total, 60, _tasks(recipe, [rows[name] for name in plan.contributors])
     yield "shard", "shards", total, IMAGE_BYTES, max(1, round((total or 0) * IMAGE_BYTES / recipe.shard.shard_bytes))

@@ -1,13 +1,9 @@
-"""What a run did, in numbers: the funnel, rejects, near-copies, sources, query sets and the balance of clusters."""
+"""What a run did, in numbers: the funnel, rejects, near-copies, sources and query sets; `report` has all tables."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from curation.balance_measures import entropy, gini, normalized_entropy
 from curation.recall import PAPER_K
 from curation.shards import ShardSet
 from pipelines.catalog import complete_sets, one_line_errors, open_catalog
@@ -40,7 +36,6 @@ def report(run: str) -> list[Table]:
             sources(sets, connection),
             query_sets(sets, connection),
             *retrieval_tables(_of_kind(sets, "retrieved"), connection),
-            balance(sets, connection),
         ]
     tables += cluster_tables(run)
     return [table for table in tables if table.rows]
@@ -198,32 +193,6 @@ def query_sets(sets: dict[str, ShardSet], connection: Any) -> Table:
     sql = "SELECT query_set, mode, count(*), count(DISTINCT image_id) FROM retrieved GROUP BY ALL ORDER BY ALL"
     rows = [list(row) for row in connection.execute(sql).fetchall()]
     return Table("Retrieved", ["query set", "mode", "nominal", "unique"], rows)
-
-
-def balance(sets: dict[str, ShardSet], connection: Any) -> Table:
-    """Images over the finest clusters: what dedup kept, and what is in the final shards."""
-    if "centroids" not in sets:
-        return Table("Balance", [], [])
-    num_clusters = _one(connection, "SELECT count(*) FROM centroids WHERE level = 1")
-    counts = [("pool after dedup", "SELECT cluster_1 AS c, count(*) FROM clusters GROUP BY 1")]
-    if "shards" in sets:
-        counts.append(
-            ("final shards", "SELECT clusters[1] AS c, count(*) FROM shards WHERE clusters IS NOT NULL GROUP BY 1")
-        )
-    rows = []
-    for name, sql in counts:
-        sizes = _counts(connection.execute(sql).fetchall(), num_clusters)
-        figures = [round(entropy(sizes), 3), round(normalized_entropy(sizes), 3), round(gini(sizes), 3)]
-        rows.append([name, int(sizes.sum()), int((sizes > 0).sum()), *figures])
-    columns = ["images over clusters", "images", "clusters with images", "entropy (nats)", "normalized", "Gini"]
-    return Table("Balance", columns, rows)
-
-
-def _counts(rows: list[tuple[int, int]], num_clusters: int) -> npt.NDArray[np.int64]:
-    sizes = np.zeros(num_clusters, np.int64)
-    for cluster, count in rows:
-        sizes[cluster] = count
-    return sizes
 
 
 def markdown(table: Table) -> str:

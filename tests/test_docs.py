@@ -19,6 +19,7 @@ from pipelines import recipe
 from pipelines.fetch_errors import RETRYABLE, Reason
 from pipelines.join import EDGES
 from pipelines.recall import RECALL
+from pipelines.retrieve_recall import RETRIEVAL_RECALL
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
@@ -52,6 +53,7 @@ COLUMNS = {
     "centroids": schemas.centroids(8),
     "clusters": schemas.CLUSTERS,
     "retrieved": schemas.RETRIEVED,
+    "retrieval_recall": RETRIEVAL_RECALL,
     "selection": schemas.SELECTION,
 }
 

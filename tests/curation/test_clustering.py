@@ -11,7 +11,8 @@ from curation.distances import Metric
 from curation.errors import ConfigError, LvdError
 from curation.faiss_setup import require_faiss
 from curation.kmeans_init import Init, first_centroids
-from curation.scoring import cosine_pairs, to_unit
+from curation.scoring import to_unit
+from tests.vectors import all_cosines
 
 METRICS: tuple[Metric, ...] = ("cosine", "l2")
 
@@ -26,8 +27,7 @@ def blobs(seed: int, num_rows: int, num_blobs: int, dim: int = 16) -> tuple[np.n
 
 
 def slow_assign(x: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    i, j = np.divmod(np.arange(len(x) * len(centroids)), len(centroids))
-    cosine = cosine_pairs(x, i, centroids, j).reshape(len(x), len(centroids))
+    cosine = all_cosines(x, centroids)
     return cosine.argmax(axis=1), np.float32(1) - cosine.max(axis=1)  # argmax takes the lowest of ties
 
 

@@ -4,7 +4,7 @@ from scipy.linalg import hadamard
 
 from curation import codes
 from curation.errors import LvdError
-from curation.scoring import cosine_pairs
+from tests.vectors import all_cosines
 
 DIMS = [1, 3, 8, 17, 24, 96, 128, 129, 384, 512]  # of 17 and 129 numbers, a one-hot vector does not fit in int8
 
@@ -25,11 +25,6 @@ def vectors(rng: np.random.Generator, num_rows: int, dim: int, dtype: type) -> n
     x = x / np.where(largest > 0, largest, 1) * rng.choice(limits, (num_rows, 1))
     x[rng.random(num_rows) < 0.05] = 0
     return x.astype(dtype)
-
-
-def all_scores(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    i, j = np.divmod(np.arange(len(x) * len(y)), len(y))
-    return cosine_pairs(x, i, y, j).reshape(len(x), len(y))
 
 
 def all_products(left: codes.Codes, right: codes.Codes) -> np.ndarray:
@@ -54,7 +49,7 @@ def test_the_bound_holds_for_every_pair(dim: int, dtype: type) -> None:
         x, y = vectors(rng, 70, dim, dtype), vectors(rng, 60, dim, np.float16)
         y[:20] = vectors(rng, 70, dim, np.float16)[:20] if dtype is np.float32 else x[:20]
         left, right = codes.encode(x), codes.encode(y)
-        score, product = all_scores(x, y), all_products(left, right)
+        score, product = all_cosines(x, y), all_products(left, right)
         e, f = left.error[:, None].astype(np.float64), right.error.astype(np.float64)
         assert (np.abs(score - left.scale**2 * product) <= e + f + e * f + codes.SLACK).all()
         reach = product + codes.allowances(right, float(left.error.max()))
@@ -112,7 +107,7 @@ def test_codes_are_rounded_rotated_units_and_errors_their_distance(dim: int) -> 
         distance = np.linalg.norm(unit - coordinates, axis=1)
         assert (found.error >= distance * (1 - 1e-9)).all()
         np.testing.assert_allclose(found.error, distance, rtol=1e-5, atol=1e-12)
-        np.testing.assert_allclose(unit @ unit.T, all_scores(x, x), atol=1e-6)  # rotation keeps products
+        np.testing.assert_allclose(unit @ unit.T, all_cosines(x, x), atol=1e-6)  # rotation keeps products
 
 
 @pytest.mark.parametrize("dim", [8, 24, 96, 128, 384, 512])

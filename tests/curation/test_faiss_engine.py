@@ -8,7 +8,8 @@ import pytest
 from curation.errors import ConfigError, LvdError
 from curation.faiss_engine import Proposals, add, build_index, deserialize, pairs_from_index, rerank, serialize, to_gpu
 from curation.faiss_setup import require_faiss
-from curation.scoring import cosine_pairs, search_margin
+from curation.scoring import search_margin
+from tests.vectors import all_cosines
 
 Edges = dict[tuple[int, int], float]
 
@@ -31,11 +32,6 @@ def vectors(rng: np.random.Generator, num_rows: int, dim: int, noise: float = 0.
     x[copied] = x[rng.permutation(num_rows)][copied]
     x[rng.random(num_rows) < 0.03] = 0
     return x
-
-
-def all_cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    i, j = np.divmod(np.arange(len(x) * len(y)), max(len(y), 1))
-    return cosine_pairs(x, i, y, j).reshape(len(x), len(y))
 
 
 def true_edges(queries: np.ndarray, x: np.ndarray, threshold: float) -> Edges:

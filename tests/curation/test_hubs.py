@@ -3,7 +3,7 @@ import pytest
 
 from curation import hubs
 from curation.products import Multiplier
-from curation.scoring import cosine_pairs
+from tests.vectors import all_cosines
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +20,6 @@ def around(rng: np.random.Generator, pivot: np.ndarray, cosine: np.ndarray) -> n
     aside = rng.standard_normal((len(cosine), len(pivot)))
     aside = unit(aside - (aside @ pivot)[:, None] * pivot)
     return cosine[:, None] * pivot + np.sqrt(1 - cosine**2)[:, None] * aside
-
-
-def all_scores(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    i, j = np.divmod(np.arange(len(x) * len(y)), len(y))
-    return cosine_pairs(x, i, y, j).reshape(len(x), len(y))
 
 
 def repeated(rng: np.random.Generator, dtype: type) -> np.ndarray:
@@ -95,12 +90,12 @@ def test_any_two_members_of_a_ball_are_similar(dim: int, dtype: type, multiplier
     x[1::2] = 2 * (x[::2] @ pivot)[:, None] * pivot - x[::2]  # opposite each other: as far apart as can be
     rows, center = (x * rng.choice([0.1, 1, 7], (len(x), 1))).astype(dtype), pivot[None].astype(dtype)
     ball, similarity = hubs.balls(rows, center, multiplier)
-    score = all_scores(rows, center)[:, 0]
+    score = all_cosines(rows, center)[:, 0]
     np.testing.assert_array_equal(ball, np.where(score >= np.float32(hubs.BALL), 0, -1))
     np.testing.assert_array_equal(similarity, np.where(ball == 0, score, np.float32(0)))
     inside = rows[ball == 0]
     assert 50 < len(inside) < len(x) - 20
-    between = all_scores(inside, inside)
+    between = all_cosines(inside, inside)
     assert between.min() >= hubs.TAU
     assert between.min() < hubs.TAU + 1e-3  # the ball is not needlessly small
 
@@ -116,7 +111,7 @@ def test_balls_picks_the_most_similar_pivot_and_the_first_of_equals(seed: int, m
     x = np.concatenate((x, pivots[rng.integers(0, 1500, 40)], np.zeros((2, 48), np.float16), -x[:3]))
     ball, similarity = hubs.balls(x, pivots, multiplier)
     assert (ball.dtype, similarity.dtype) == (np.int32, np.float32)
-    score = all_scores(x, pivots)
+    score = all_cosines(x, pivots)
     near = score.max(axis=1) >= np.float32(hubs.BALL)
     np.testing.assert_array_equal(ball, np.where(near, score.argmax(axis=1), -1))
     np.testing.assert_array_equal(similarity, np.where(near, score.max(axis=1), np.float32(0)))
@@ -151,10 +146,10 @@ def test_pivots_are_one_of_each_planted_hub(seed: int, num_hubs: int, multiplier
     assert pivots.dtype == np.int64
     assert len(pivots) == num_hubs
     if num_hubs:
-        near = all_scores(sample[pivots], centers) >= hubs.BALL
+        near = all_cosines(sample[pivots], centers) >= hubs.BALL
         assert sorted(near.argmax(axis=1)) == list(range(num_hubs)) and near.any(axis=1).all()
         ball, _ = hubs.balls(sample, sample[pivots], multiplier)
-        assert (all_scores(sample, centers).max(axis=1) < hubs.BALL)[ball < 0].all()  # all members are covered
+        assert (all_cosines(sample, centers).max(axis=1) < hubs.BALL)[ball < 0].all()  # all members are covered
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -164,7 +159,7 @@ def test_the_densest_places_become_pivots_first(seed: int, multiplier: Multiplie
     crowds = [around(rng, center, np.full(size, 0.9999)) for center, size in zip(centers, sizes, strict=True)]
     sample = np.concatenate(crowds)[rng.permutation(sizes.sum())].astype(np.float16)
     pivots = hubs.find_pivots(sample, multiplier)
-    assert all_scores(sample[pivots], centers.astype(np.float16)).argmax(axis=1).tolist() == [1, 3, 0, 2]
+    assert all_cosines(sample[pivots], centers.astype(np.float16)).argmax(axis=1).tolist() == [1, 3, 0, 2]
 
 
 @pytest.mark.parametrize("radius", [0.979, 0.9951])
@@ -178,7 +173,7 @@ def test_no_pivot_lies_in_the_ball_of_another(seed: int, radius: float, multipli
     crowds += [around(rng, first, rng.uniform(0.95, 1, 200))] if seed % 2 else []
     sample = np.concatenate((first[None], second[None], *crowds)).astype(np.float16)
     pivots = hubs.find_pivots(sample, multiplier)
-    score = all_scores(sample[pivots], sample[pivots])
+    score = all_cosines(sample[pivots], sample[pivots])
     assert len(pivots) > 0 or radius < hubs.BALL
     assert (score[np.triu_indices(len(pivots), 1)] < hubs.BALL).all()
 

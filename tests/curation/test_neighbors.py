@@ -1,27 +1,12 @@
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from curation import nearest, neighbors, products
 from curation.errors import LvdError
-from curation.faiss_setup import require_faiss
 from curation.scoring import cosine_pairs
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other over tiny blocks are slow on a busy machine."""
-    before = require_faiss().omp_get_max_threads()
-    require_faiss(threads=1)
-    yield
-    require_faiss(threads=before)
-
-
-def all_cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    i, j = np.divmod(np.arange(len(x) * len(y)), max(len(y), 1))
-    return cosine_pairs(x, i, y, j).reshape(len(x), len(y))
+from tests.vectors import all_cosines
 
 
 def vectors(rng: np.random.Generator, num_rows: int, dim: int = 12) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 
 from curation.errors import ConfigError
 from curation.hashing import id_words
-from curation.partwise import fixed_size_lists, ids_of, kept_ids, matrix, positions_in, words_of
+from curation.partwise import fixed_size_lists, ids_of, kept_ids, matrix, packed, positions_in, unpacked, words_of
 from tests.builders import random_ids
 
 
@@ -62,6 +62,19 @@ def test_matrix_of_slices_and_chunks() -> None:
     pieces = pa.concat_tables([table.slice(2, 3), table.slice(0, 0), table.slice(7)])
     assert np.array_equal(matrix(pieces), values[[2, 3, 4, 7, 8, 9]])
     assert np.array_equal(matrix(table.slice(4, 2)), values[4:6])
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8])
+def test_vectors_are_packed_and_come_back(dim: int) -> None:
+    values = np.random.default_rng(dim).standard_normal((10, dim)).astype(np.float16)
+    table = pa.table({"vector": packed(values[::-1])})  # not contiguous
+    assert table["vector"].to_pylist() == [row.tobytes() for row in values[::-1]]
+    for some, rows in ((table, slice(None)), (table.slice(4, 2), slice(4, 6)), (table.slice(3, 0), slice(3, 3))):
+        found = unpacked(some)
+        assert (found.dtype, found.shape) == (np.float16, (some.num_rows, dim))
+        np.testing.assert_array_equal(found, values[::-1][rows])
+    pieces = pa.concat_tables([table.slice(7), table.slice(0, 0), table.slice(2, 3)])
+    np.testing.assert_array_equal(unpacked(pieces), values[::-1][[7, 8, 9, 2, 3, 4]])
 
 
 @pytest.mark.parametrize("seed", range(3))

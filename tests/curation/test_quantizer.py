@@ -8,20 +8,18 @@ from curation import quantizer as quantizer_module
 from curation.clustering import fit_kmeans
 from curation.codes import encode
 from curation.errors import ConfigError
-from curation.faiss_setup import require_faiss
-from curation.quantizer import Quantizer, default_num_coarse, fit_quantizer, nearest_lists, share_lists
+from curation.quantizer import Quantizer, default_num_coarse, fit_quantizer, nearest_lists
+from curation.sampling import proportional_shares
 from curation.scoring import to_unit
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Threads that wait for each other over tiny blocks are slow on a busy machine."""
-    before = torch.get_num_threads(), require_faiss().omp_get_max_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    require_faiss(threads=1)
     yield
-    torch.set_num_threads(before[0])
-    require_faiss(threads=before[1])
+    torch.set_num_threads(before)
 
 
 def vectors(rng: np.random.Generator, num_rows: int, dim: int) -> np.ndarray:
@@ -136,7 +134,7 @@ def test_lists_are_fitted_to_the_vectors_of_their_cell(seed: int) -> None:
     quantizer = fit_quantizer(x, 60, num_coarse=6, iterations=3, seed=seed, threads=2)
     usable = x[x.any(axis=1)]
     cell = integer_products(usable, quantizer.coarse).argmax(axis=1)
-    shares = share_lists(np.bincount(cell, minlength=6), 60)
+    shares = proportional_shares(np.bincount(cell, minlength=6), 60)
     np.testing.assert_array_equal(np.diff(quantizer.starts), shares)
     for c in range(6):
         expected = fit_kmeans(usable[cell == c], int(shares[c]), iterations=3, seed=seed, threads=1)
@@ -169,11 +167,9 @@ def test_a_cell_without_vectors_keeps_its_centroid() -> None:
     np.testing.assert_array_equal(quantizer.fine[quantizer.starts[empty]], quantizer.coarse[empty])
 
 
-def test_fit_repeats_itself_and_leaves_the_threads_of_faiss() -> None:
+def test_fit_repeats_itself_on_any_number_of_threads() -> None:
     x = vectors(np.random.default_rng(1), 900, 24)
-    require_faiss(threads=2)
-    first = fit_quantizer(x, 50, num_coarse=10, seed=3, threads=2)
-    assert require_faiss().omp_get_max_threads() == 2
+    first = fit_quantizer(x, 50, num_coarse=10, seed=3, threads=1)
     torch.set_num_threads(3)
     again, other = (fit_quantizer(x, 50, num_coarse=10, seed=seed, threads=2) for seed in (3, 4))
     for name in ("coarse", "fine", "starts"):
@@ -196,24 +192,3 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 def test_default_number_of_coarse_cells() -> None:
     given = {1: 1, 2: 2, 3: 3, 7: 4, 64: 16, 1_024: 64, 4_096: 128, 16_384: 256, 65_536: 512}
     assert {num_lists: default_num_coarse(num_lists) for num_lists in given} == given
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_shares_are_proportional(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for _ in range(40):
-        size = rng.integers(0, rng.integers(1, 60), rng.integers(1, 30)) * (rng.random() < 0.9)
-        most = np.maximum(size, 1)
-        num_lists = int(rng.integers(len(size), most.sum() + 1))
-        shares = share_lists(size, num_lists)
-        assert shares.sum() == num_lists
-        assert (shares >= 1).all() and (shares <= most).all()
-        free = (shares > 1) & (shares < most)  # one rate for all, rounded by less than 1
-        above, below = (shares[free] - 1) / size[free], (shares[free] + 1) / size[free]
-        assert above.max(initial=0.0) < below.min(initial=np.inf)
-        assert (np.diff(shares[np.argsort(size, kind="stable")]) >= -1).all()
-
-
-def test_the_largest_remainders_get_what_is_left() -> None:
-    assert share_lists(np.array([11, 13, 16]), 10).tolist() == [3, 3, 4]  # quotas 2.75, 3.25, 4
-    assert share_lists(np.array([0, 1, 100]), 12).tolist() == [1, 1, 10]

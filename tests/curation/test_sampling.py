@@ -16,7 +16,7 @@ from curation.balance_measures import (
 )
 from curation.errors import ConfigError, LvdError
 from curation.groups import distance_keys, group_sizes, group_sums, take_lowest
-from curation.sampling import Tree, draw_copies, draw_ranks, equal_shares, tree_shares
+from curation.sampling import Tree, draw_copies, draw_ranks, equal_shares, proportional_shares, tree_shares
 from curation.scoring import cosine_pairs
 
 
@@ -285,3 +285,24 @@ def test_balance_by_level() -> None:
     assert (coarse.clusters, coarse.filled) == (3, 2)
     assert coarse.kl_to_uniform == pytest.approx(math.log(3 / 2))
     assert coarse.effective_clusters == pytest.approx(2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_are_proportional(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(40):
+        sizes = rng.integers(0, rng.integers(1, 60), rng.integers(1, 30)) * (rng.random() < 0.9)
+        most = np.maximum(sizes, 1)
+        target = int(rng.integers(len(sizes), most.sum() + 1))
+        shares = proportional_shares(sizes, target)
+        assert shares.sum() == target
+        assert (shares >= 1).all() and (shares <= most).all()
+        free = (shares > 1) & (shares < most)  # one rate for all, rounded by less than 1
+        above, below = (shares[free] - 1) / sizes[free], (shares[free] + 1) / sizes[free]
+        assert above.max(initial=0.0) < below.min(initial=np.inf)
+        assert (np.diff(shares[np.argsort(sizes, kind="stable")]) >= -1).all()
+
+
+def test_the_largest_remainders_get_what_is_left() -> None:
+    assert proportional_shares(np.array([11, 13, 16]), 10).tolist() == [3, 3, 4]  # quotas 2.75, 3.25, 4
+    assert proportional_shares(np.array([0, 1, 100]), 12).tolist() == [1, 1, 10]

@@ -1,21 +1,9 @@
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
 from curation import semdedup
 from curation.errors import LvdError
-from curation.faiss_setup import require_faiss
 from curation.scoring import cosine_pairs
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other over tiny blocks are slow on a busy machine."""
-    before = require_faiss().omp_get_max_threads()
-    require_faiss(threads=1)
-    yield
-    require_faiss(threads=before)
 
 
 def cluster(seed: int, num_rows: int = 80) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

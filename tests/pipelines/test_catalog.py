@@ -12,7 +12,8 @@ from curation.shards import MANIFEST, ShardSet
 from pipelines.catalog import complete_sets, find_sets, open_catalog, query
 from pipelines.join import EDGES
 from pipelines.recall import RECALL
-from tests.builders import image_table, random_ids, rows_of, write_embeddings, write_set
+from pipelines.retrieve_recall import RETRIEVAL_RECALL
+from tests.builders import image_table, random_ids, rows_of, table, write_embeddings, write_set
 
 SETS = [
     *(f"images/{s}" for s in ("bench", "birds", "book", "web")),
@@ -85,6 +86,21 @@ def test_the_forest_and_the_recall_are_views_even_where_they_are_empty(tmp_path:
         write_set(tmp_path / kind, kind, [schema.empty_table()] * parts)
         found = query(str(tmp_path), f"SELECT * FROM {kind}")
         assert (found.num_rows, found.schema.names) == (0, schema.names)
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+def test_the_recall_of_retrieval_is_a_view_and_the_working_sets_beside_it_are_none(tmp_path: Path, parts: int) -> None:
+    row = table(RETRIEVAL_RECALL, recall=[0.5], k=[4])
+    for name in ("birds", "art-2"):
+        write_set(tmp_path / "retrieved" / name, "retrieved", [], source=name, role="query")
+        write_set(tmp_path / "retrieved" / f"_recall_{name}", "retrieval_recall", [row] * parts, source=name)
+    write_set(tmp_path / "retrieved/_recall_sample", "recall sample", [row], source="recall")  # of a query set `recall`
+    names = ["retrieved/art-2", "retrieved/birds", "retrieval_recall/art-2", "retrieval_recall/birds"]
+    assert sorted(find_sets(str(tmp_path))) == sorted(names)
+    found = query(str(tmp_path), "SELECT query_set, recall, k FROM retrieval_recall ORDER BY 1").to_pylist()
+    assert found == [{"query_set": name, "recall": 0.5, "k": 4} for name in ("art-2", "birds")] * parts
+    own = query(str(tmp_path), "SELECT * FROM retrieval_recall_art_2")
+    assert (own.num_rows, own.schema.names) == (parts, RETRIEVAL_RECALL.names)
 
 
 def test_edges_can_be_queried(tiny_run: Path) -> None:

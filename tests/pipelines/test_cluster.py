@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation import schemas
 from curation.clustering import fit_kmeans
 from curation.distances import Space, encode_points
 from curation.errors import ConfigError, LvdError
@@ -17,38 +16,10 @@ from pipelines import cluster, cluster_rounds
 from pipelines.cluster import CentroidsStep, ClusterUnit, read_centroids
 from pipelines.cluster_rounds import RoundStep
 from pipelines.recipe import ClusterSettings
-from tests.builders import cut, execute, fingerprints, random_ids, rows_of, table, write_embeddings, write_set
+from tests.builders import execute, fingerprints, rows_of
+from tests.vectors import write_pools
 
 SIZES = {"web": 60, "book": 40}
-
-
-def write_pools(tmp_path: Path, seed: int) -> tuple[list[str], np.ndarray]:
-    """Two pools; ids and vectors, in order, of what dedup kept. Some kept images have no vector of this model."""
-    rng = np.random.default_rng(seed)
-    kept_ids, kept_vectors = [], []
-    for name, size in SIZES.items():
-        ids, x = random_ids(rng, size), rng.standard_normal((size, 4)).astype(np.float16)
-        kept, embedded = rng.random(size) < 0.7, rng.random(size) < 0.9
-        ends = sorted(rng.integers(0, size, 3).tolist())
-        parts = cut(range(size), ends)
-        known = [[ids[i] for i in part if embedded[i]] for part in parts]
-        values = [x[[i for i in part if embedded[i]]] for part in parts]
-        write_embeddings(tmp_path / "e" / name, name, list(zip(known, values, strict=True)))
-        verdicts = [
-            table(
-                schemas.DUPLICATES,
-                image_id=[ids[i] for i in part],
-                component=list(part),
-                component_size=[1] * len(part),
-                kept=[bool(kept[i]) for i in part],
-            )
-            for part in parts
-        ]
-        write_set(tmp_path / "d" / name, "duplicates", verdicts, source=name, role="pool")
-        both = np.flatnonzero(kept & embedded)
-        kept_ids += [ids[i] for i in both]
-        kept_vectors.append(x[both])
-    return kept_ids, np.concatenate(kept_vectors)
 
 
 def cluster_unit(tmp_path: Path, out: str = "out", seed: int = 5, **settings: Any) -> ClusterUnit:
@@ -65,7 +36,7 @@ def assigned(tmp_path: Path, out: str = "out") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_kept_vector_goes_to_its_nearest_centroid(tmp_path: Path, seed: int) -> None:
-    ids, x = write_pools(tmp_path, seed)
+    ids, x = write_pools(tmp_path, SIZES, seed)
     execute(cluster_unit(tmp_path))
     centroids = read_centroids(str(tmp_path / "out/centroids"))
     assert centroids.shape == (6, 4)
@@ -81,14 +52,23 @@ def test_every_kept_vector_goes_to_its_nearest_centroid(tmp_path: Path, seed: in
 
 
 def test_it_is_fitted_on_all_where_these_are_few(tmp_path: Path) -> None:
-    _, x = write_pools(tmp_path, 0)
+    _, x = write_pools(tmp_path, SIZES, 0)
     execute(cluster_unit(tmp_path, sample=1000))
     expected = fit_kmeans(x, 6, iterations=4, seed=5, threads=1)
     assert np.array_equal(read_centroids(str(tmp_path / "out/centroids")), expected)
 
 
+def test_rounds_end_as_soon_as_the_tolerance_allows(tmp_path: Path) -> None:
+    _, x = write_pools(tmp_path, SIZES, 0)
+    execute(cluster_unit(tmp_path, tolerance=0.9))
+    settings: dict[str, Any] = {"iterations": 4, "seed": 5, "threads": 1}
+    early, late = (fit_kmeans(x, 6, tolerance=tolerance, **settings) for tolerance in (0.9, 0.0))
+    assert not np.array_equal(early, late)
+    assert np.array_equal(read_centroids(str(tmp_path / "out/centroids")), early)
+
+
 def test_it_is_fitted_on_the_images_of_lowest_draw(tmp_path: Path) -> None:
-    ids, x = write_pools(tmp_path, 1)
+    ids, x = write_pools(tmp_path, SIZES, 1)
     execute(cluster_unit(tmp_path, sample=20))
     everything = [
         row["image_id"] for name in SIZES for row in rows_of(tmp_path / "d" / name) if row["kept"]
@@ -102,7 +82,7 @@ def test_it_is_fitted_on_the_images_of_lowest_draw(tmp_path: Path) -> None:
 
 
 def test_two_runs_give_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
-    write_pools(tmp_path, 0)
+    write_pools(tmp_path, SIZES, 0)
     for out, seed in (("one", 5), ("two", 5), ("three", 6)):
         execute(cluster_unit(tmp_path, out, seed, sample=30))
     assert fingerprints(tmp_path / "one") == fingerprints(tmp_path / "two")
@@ -114,7 +94,7 @@ def test_a_sample_that_is_streamed_goes_through_the_same_rounds(
     tmp_path: Path, sample: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From centroids fitted on part of the sample, over parts that are shared out to any number of groups."""
-    ids, x = write_pools(tmp_path, 2)
+    ids, x = write_pools(tmp_path, SIZES, 2)
     monkeypatch.setattr(cluster, "STREAMED_ROUNDS", 3)
     for out, groups in (("out", 16), ("other", 2)):
         monkeypatch.setattr(cluster_rounds, "GROUPS", groups)
@@ -136,7 +116,7 @@ def test_a_sample_that_is_streamed_goes_through_the_same_rounds(
 
 
 def test_streamed_rounds_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_pools(tmp_path, 3)
+    write_pools(tmp_path, SIZES, 3)
     execute(cluster_unit(tmp_path, "whole", memory_rows=25))
     broken, whole = [True], RoundStep.write_part
 
@@ -156,6 +136,6 @@ def test_streamed_rounds_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_more_clusters_than_images_are_refused(tmp_path: Path) -> None:
-    write_pools(tmp_path, 0)
+    write_pools(tmp_path, SIZES, 0)
     with pytest.raises(ConfigError, match="cluster: k-means needs at least as many vectors as clusters"):
         execute(cluster_unit(tmp_path, num_clusters=1000))

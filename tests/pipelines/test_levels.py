@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from curation import schemas
 from curation.clustering import assign, fit_kmeans
 from curation.errors import ConfigError, LvdError
 from curation.hierarchy import PRESETS, KMeans, Level, closest_points, stack_levels
@@ -17,51 +17,16 @@ from pipelines.cluster import ClusterUnit, read_centroids
 from pipelines.executor import LocalExecutor
 from pipelines.explain import explain
 from pipelines.level_steps import ClosestStep, RefitStep, StackStep
-from pipelines.levels import centroids_of, levels_of, num_levels, read_tree
+from pipelines.levels import centroid_table, centroids_of, levels_of, num_levels, read_tree
 from pipelines.progress import quiet
 from pipelines.recipe import ClusterSettings, load_recipe
 from pipelines.run import run
 from pipelines.stats import report
 from pipelines.verify import verify
-from tests.builders import (
-    TwoWorkers,
-    cut,
-    execute,
-    fingerprints,
-    random_ids,
-    rows_of,
-    table,
-    write_embeddings,
-    write_set,
-)
+from tests.builders import TwoWorkers, execute, fingerprints, rows_of, write_set
+from tests.vectors import write_pools
 
 SIZES = {"web": 90, "book": 50}
-
-
-def write_pools(tmp_path: Path, seed: int, same: int = 0) -> np.ndarray:
-    """Two pools, the first `same` images of each equal; the vectors, in order, of what dedup kept and was embedded."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for name, size in SIZES.items():
-        ids, x = random_ids(rng, size), rng.standard_normal((size, 4)).astype(np.float16)
-        x[:same] = 1
-        kept, embedded = rng.random(size) < 0.8, rng.random(size) < 0.9
-        parts = cut(range(size), sorted(rng.integers(0, size, 4).tolist()))
-        pairs = [([ids[i] for i in part if embedded[i]], x[[i for i in part if embedded[i]]]) for part in parts]
-        write_embeddings(tmp_path / "e" / name, name, pairs)
-        verdicts = [
-            table(
-                schemas.DUPLICATES,
-                image_id=[ids[i] for i in part],
-                component=list(part),
-                component_size=[1] * len(part),
-                kept=[bool(kept[i]) for i in part],
-            )
-            for part in parts
-        ]
-        write_set(tmp_path / "d" / name, "duplicates", verdicts, source=name, role="pool")
-        found.append(x[kept & embedded])
-    return np.concatenate(found)
 
 
 def unit(tmp_path: Path, out: str = "out", seed: int = 5, **settings: Any) -> ClusterUnit:
@@ -114,7 +79,7 @@ def assert_made(tmp_path: Path, x: np.ndarray, levels: tuple[Level, ...], out: s
 @pytest.mark.parametrize("seed", range(3))
 def test_levels_equal_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, groups: int) -> None:
     monkeypatch.setattr(level_steps, "GROUPS", groups)
-    x = write_pools(tmp_path, seed)
+    _, x = write_pools(tmp_path, SIZES, seed)
     execute(unit(tmp_path, num_clusters=16, levels=(6, 2), fits=4, finest_fits=3))
     nearest = -(-num_kept(tmp_path) // 32)
     assert nearest > 1
@@ -122,7 +87,7 @@ def test_levels_equal_those_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_finest_level_alone_is_resampled(tmp_path: Path) -> None:
-    x = write_pools(tmp_path, 0)
+    _, x = write_pools(tmp_path, SIZES, 0)
     execute(unit(tmp_path, num_clusters=9, finest_fits=4, memory_rows=30, sample=30))
     rows = rows_of(tmp_path / "out/centroids")
     assert [row["parent"] for row in rows] == [None] * 9
@@ -135,7 +100,7 @@ def test_the_finest_level_alone_is_resampled(tmp_path: Path) -> None:
 
 
 def test_a_preset_is_scaled_to_what_was_kept(tmp_path: Path) -> None:
-    x = write_pools(tmp_path, 1)
+    _, x = write_pools(tmp_path, SIZES, 1)
     execute(unit(tmp_path, preset="vo4", fraction=0.5, fits=3))
     count = round(num_kept(tmp_path) * 0.5)
     assert_made(tmp_path, x, (Level(count, 1, 1), Level(3, 10, 3), Level(2, 5, 3), Level(1, 3, 3)))
@@ -143,7 +108,7 @@ def test_a_preset_is_scaled_to_what_was_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("step", "turn"), [(ClosestStep, 0), (RefitStep, 1), (RefitStep, 2), (StackStep, 0)])
 def test_levels_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: type, turn: int) -> None:
-    write_pools(tmp_path, 2)
+    write_pools(tmp_path, SIZES, 2)
     settings: dict[str, Any] = {"num_clusters": 16, "levels": (5, 2), "finest_fits": 3}
     execute(unit(tmp_path, "whole", **settings))
     whole = step.write_part
@@ -165,7 +130,7 @@ def test_levels_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: ty
 
 
 def test_workers_do_not_change_the_bytes(tmp_path: Path) -> None:
-    write_pools(tmp_path, 3)
+    write_pools(tmp_path, SIZES, 3)
     settings: dict[str, Any] = {"num_clusters": 16, "levels": (5, 2), "finest_fits": 2}
     execute(unit(tmp_path, "one", **settings))
     execute(unit(tmp_path, "two", **settings), executor=TwoWorkers())
@@ -177,7 +142,7 @@ def test_workers_do_not_change_the_bytes(tmp_path: Path) -> None:
 
 def test_equal_images_leave_clusters_empty(tmp_path: Path) -> None:
     """Nodes without images at every level: they are stored, and nothing lies in them."""
-    x = write_pools(tmp_path, 4, same=90)
+    _, x = write_pools(tmp_path, SIZES, 4, same=90)
     assert len(np.unique(x, axis=0)) == 1
     execute(unit(tmp_path, num_clusters=12, levels=(6, 3), finest_fits=2))
     nearest = -(-num_kept(tmp_path) // 24)
@@ -186,7 +151,7 @@ def test_equal_images_leave_clusters_empty(tmp_path: Path) -> None:
 
 
 def test_clusters_of_one_image(tmp_path: Path) -> None:
-    x = write_pools(tmp_path, 5)
+    _, x = write_pools(tmp_path, SIZES, 5)
     execute(unit(tmp_path, num_clusters=len(x), levels=(len(x), 1), finest_fits=2))
     assert_made(tmp_path, x, (Level(len(x), 1, 2), Level(len(x), 1, 10), Level(1, -(-len(x) // 2), 10)))
 
@@ -207,7 +172,7 @@ def test_a_run_with_levels(tiny_recipe: Path, tmp_path: Path) -> None:
     assert [row[:4] for row in found["Balance by level"] if row[1] == "pool after dedup"] == [
         [str(level), "pool after dedup", len(pool), count] for level, count in ((1, 8), (2, 4), (3, 2))
     ]
-    assert found["Balance"][0][1:3] == [len(pool), len({finest for finest, *_ in path.values()})]
+    assert found["Balance by level"][0][4] == len({finest for finest, *_ in path.values()})
     coverage = [row for row in found["Seed coverage"] if row[1] != "birds"]
     for level in (1, 2, 3):
         touched = [row[3] for row in coverage if row[0] == str(level)]
@@ -217,6 +182,29 @@ def test_a_run_with_levels(tiny_recipe: Path, tmp_path: Path) -> None:
         assert sizes == np.bincount([one[level - 1] for one in path.values()], minlength=count).tolist()
     with pytest.raises(ConfigError, match="there is no level 4: the clusters have 3"):
         explain(out, "4:0")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_centroids_are_read_by_number_however_they_lie(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    found = [rng.standard_normal((count, 3)).astype(np.float32) for count in (7, 3)]
+    parent = rng.integers(0, 3, 7).astype(np.int32)
+    whole = pa.concat_tables([centroid_table(found[0], 1, parent), centroid_table(found[1], 2)])
+    shuffled = whole.take(rng.permutation(10))
+    made = write_set(tmp_path / "centroids", "centroids", [shuffled.slice(0, 4), shuffled.slice(4)])
+    for level, expected in enumerate(found, 1):
+        np.testing.assert_array_equal(centroids_of(made, level), expected)
+    assert len(centroids_of(made, 3)) == 0
+    tree = read_tree(made)
+    assert tree.num_clusters == (7, 3)
+    np.testing.assert_array_equal(tree.parents[0], parent)
+
+
+def test_a_cluster_below_the_top_without_a_parent_is_refused(tmp_path: Path) -> None:
+    below = centroid_table(np.ones((3, 2), np.float32)).slice(0, 2)
+    above = centroid_table(np.ones((1, 2), np.float32), 2)
+    with pytest.raises(LvdError, match="parent"):
+        read_tree(write_set(tmp_path / "centroids", "centroids", [below, above]))
 
 
 def test_levels_are_those_that_the_presets_publish() -> None:
@@ -253,6 +241,6 @@ def test_what_makes_no_levels_is_refused(settings: dict[str, Any], message: str)
 
 
 def test_more_finest_clusters_than_images_are_refused(tmp_path: Path) -> None:
-    write_pools(tmp_path, 0)
+    write_pools(tmp_path, SIZES, 0)
     with pytest.raises(ConfigError, match="cluster: k-means needs at least as many vectors as clusters"):
         execute(unit(tmp_path, preset="vo4", fraction=1.0))

@@ -16,6 +16,7 @@ from pipelines.executor import LocalExecutor, Needs, Outcome, RayExecutor
 from pipelines.partitioned import read_layout
 from pipelines.progress import quiet
 from pipelines.recipe import JoinSettings
+from pipelines.retrieve import ClusterRule
 from pipelines.unit import run_unit
 from tests.builders import execute, fingerprints
 from tests.pipelines.near_copies import (
@@ -31,6 +32,7 @@ from tests.pipelines.near_copies import (
     maximum_forest,
     stored_forest,
 )
+from tests.pipelines.test_retrieve import World
 
 
 def lists_of(num: int, lists_joined: int, **values: Any) -> JoinSettings:
@@ -256,20 +258,36 @@ def test_a_partition_that_fails_is_made_alone(tmp_path: Path, monkeypatch: pytes
     assert [made(tmp_path / name) for name in names] == [made(tmp_path / "whole" / name) for name in names]
 
 
+@pytest.fixture(scope="module")
+def two_ray_workers() -> Iterator[RayExecutor]:
+    executor = RayExecutor(2)
+    yield executor
+    executor.close()
+
+
 @pytest.mark.parametrize("partition_rows", [None, 30])
-def test_ray_gives_the_same_bytes(tmp_path: Path, partition_rows: int | None) -> None:
+def test_ray_gives_the_same_bytes(tmp_path: Path, partition_rows: int | None, two_ray_workers: RayExecutor) -> None:
     settings = all_lists(num_lists=5, lists_joined=5, quantizers=2, **travelling(partition_rows))
     local, spread = tmp_path / "local", tmp_path / "ray"
     for place in (local, spread):
         world = make_world(place, 4)
     execute(dedup_unit(local, world, join=settings))
-    executor = RayExecutor(2)
-    try:
-        run_unit(dedup_unit(spread, world, join=settings), executor, quiet())
-    finally:
-        executor.close()
+    run_unit(dedup_unit(spread, world, join=settings), two_ray_workers, quiet())
     assert made(local) == made(spread)
     assert found_rows(spread, world) == brute_force(world, 0.9, 0.8, "component")
+
+
+@pytest.mark.parametrize("engine", ["exact", "partitioned"])
+def test_ray_retrieves_the_same_bytes(tmp_path: Path, engine: str, two_ray_workers: RayExecutor) -> None:
+    """Both ways to retrieve, in as many tasks as there are parts and ranges; the recall that was measured, too."""
+    world = World(tmp_path, 2)
+    search = {"num_lists": 6, "lists_joined": 2, "quantizers": 2, "partition_rows": 30, "min_recall": 0}
+    for out, executor in (("local", LocalExecutor()), ("ray", two_ray_workers)):
+        execute(world.unit(4, ClusterRule(3, 1, 9), out, engine=engine, **search), executor=executor)
+    made = fingerprints(tmp_path / "local")
+    assert made == fingerprints(tmp_path / "ray")
+    assert any(name.startswith("_recall_birds/") for name in made) == (engine == "partitioned")
+    assert sum(name.startswith("birds/") for name in made) == 6
 
 
 @pytest.mark.usefixtures("_small_blocks")

@@ -14,7 +14,7 @@ from curation.shards import ShardSet
 from pipelines.catalog import find_sets
 from pipelines.executor import LocalExecutor
 from pipelines.plan import nominal_total, plan_tables
-from pipelines.price import dedup_costs, price_tables
+from pipelines.price_dedup import dedup_costs, dedup_price_tables
 from pipelines.progress import Progress
 from pipelines.recipe import DedupSettings, JoinSettings, load_recipe
 from pipelines.run import STAGES, Plan, run
@@ -68,6 +68,9 @@ def test_what_a_join_found_is_measured_where_it_is_not_exact(tiny_recipe: Path) 
         lines = stages(plan_tables(load_recipe(str(tiny_recipe), [f"dedup.join.engine={engine}"]), None))
         assert ("recall" in lines) == is_measured
         assert lines["forest"][:2] == ["dedup", 1]
+    for engine in ("exact", "partitioned"):
+        lines = stages(plan_tables(load_recipe(str(tiny_recipe), [f"retrieve.engine={engine}"]), None))
+        assert ("retrieval_recall/birds" in lines) == (engine == "partitioned")
 
 
 def test_expected_tasks_are_those_of_the_run(tiny_recipe: Path, tiny_run: Path) -> None:
@@ -120,7 +123,7 @@ def test_rows_are_counted_where_that_costs_little(tmp_path: Path) -> None:
 
 def priced(settings: DedupSettings, num_images: int, dim: int = 512) -> dict[str, Any]:
     """Costs by engine and step."""
-    return {f"{cost.engine} {cost.step}": cost for cost in dedup_costs(settings, num_images, dim)}
+    return {f"{cost.of} {cost.step}": cost for cost in dedup_costs(settings, num_images, dim)}
 
 
 def test_dedup_is_priced_by_the_products_that_it_takes() -> None:
@@ -159,7 +162,7 @@ def test_semdedup_is_priced_within_its_clusters() -> None:
     ],
 )
 def test_the_engine_that_a_recipe_takes_is_marked(num_images: int, engine: Any, marked: set[str]) -> None:
-    table = price_tables(DedupSettings(join=JoinSettings(engine=engine)), num_images, 512)[0]
+    table = dedup_price_tables(DedupSettings(join=JoinSettings(engine=engine)), num_images, 512)[0]
     assert {row[0] for row in table.rows} == marked
 
 

@@ -22,6 +22,7 @@ from pipelines.recipe import RetrieveSettings
 from pipelines.retrieve import ClusterRule, RetrieveUnit
 from pipelines.unit import run_unit, set_input
 from tests.builders import cut, execute, fingerprints, random_ids, rows_of, table, write_embeddings, write_set
+from tests.vectors import write_verdicts
 
 SIZES = {"web": 50, "book": 37}
 NUM_CLUSTERS = 7
@@ -61,18 +62,7 @@ class World:
             self.kept += [(ids[i], x[i], name, number, int(cluster[i]), float(distance[i])) for i in part if kept[i]]
         pieces = [([ids[i] for i in part], x[list(part)]) for part in parts]
         write_embeddings(self.path / "e" / name, name, pieces)
-        common = {"source": name, "role": "pool"}
-        verdicts = [
-            table(
-                schemas.DUPLICATES,
-                image_id=[ids[i] for i in part],
-                component=list(part),
-                component_size=[1] * len(part),
-                kept=kept[list(part)].tolist(),
-            )
-            for part in parts
-        ]
-        write_set(self.path / "d" / name, "duplicates", verdicts, **common)
+        write_verdicts(self.path / "d" / name, name, ids, kept, parts)
         chosen = [[i for i in part if kept[i]] for part in parts]
         clusters = [
             table(
@@ -83,7 +73,7 @@ class World:
             )
             for part in chosen
         ]
-        write_set(self.path / "c" / name, "clusters", clusters, **common)
+        write_set(self.path / "c" / name, "clusters", clusters, source=name, role="pool")
 
     def unit(
         self, k: int | None, rule: ClusterRule | None, out: str = "out", seed: int = 3, **search: Any

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curation.balance_measures import entropy, gini, normalized_entropy
+from curation.balance_measures import gini, kl_to_uniform, normalized_entropy
 from curation.shards import ShardSet
+from pipelines.cluster_tables import balance_tables
 from pipelines.recall import RECALL
 from pipelines.stats import Table, cell, markdown, report
 from tests.builders import image_table, rows_of, table, write_set
@@ -79,12 +80,16 @@ def test_sources_and_query_sets(tiny_run: Path, tables: dict[str, Table]) -> Non
 
 
 def test_balance(tiny_run: Path, tables: dict[str, Table]) -> None:
+    """What is selected, with its copies, is what the final shards hold."""
     before = Counter(row["cluster_1"] for name in POOLS for row in rows_of(tiny_run / "clusters" / name))
     after = Counter(row["clusters"][0] for row in rows_of(tiny_run / "shards") if row["clusters"])
-    for name, counts in (("pool after dedup", before), ("final shards", after)):
+    expected = []
+    for name, counts in (("pool after dedup", before), ("selection", after)):
         sizes = np.array([counts[c] for c in range(4)])
-        figures = [round(f(sizes), 3) for f in (entropy, normalized_entropy, gini)]
-        assert by_name(tables["Balance"])[name] == [sizes.sum(), (sizes > 0).sum(), *figures]
+        figures = [round(f(sizes), 3) for f in (normalized_entropy, gini, kl_to_uniform)]
+        expected.append(["1", name, sizes.sum(), 4, (sizes > 0).sum(), *figures])
+    assert tables["Balance by level"].rows == expected
+    assert balance_tables(str(tiny_run)) == [tables["Balance by level"]]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pipelines.executor import LocalExecutor
 from pipelines.progress import quiet
 from pipelines.recall import RECALL
 from pipelines.recipe import load_recipe
+from pipelines.retrieve_recall import RETRIEVAL_RECALL
 from pipelines.run import Plan
 from pipelines.verify import verify
 from tests.builders import execute, rejects_of, write_set
@@ -293,7 +294,7 @@ def test_a_forest_that_is_none(run_copy: Path, what: str) -> None:
 
 
 def test_edges_out_of_order_are_found_across_groups(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.verify.GROUP_ROWS", 1)
+    monkeypatch.setattr("pipelines.verify_parts.GROUP_ROWS", 1)
     rewrite(run_copy, "forest", 0, replaced("similarity", first_as(0.9991)))
     forge(run_copy)
     only_damage(run_copy, "forest", "1 edges are stronger than the one before")
@@ -388,6 +389,24 @@ def test_figures_of_recall_with_one_row_are_well(run_copy: Path) -> None:
     row = {"recall_component": 1.0, "recall_component_low": 0.0, "recall_joined_at": [0.0, 1.0]}
     write_set(run_copy / "recall", "recall", [pa.Table.from_pylist([row], RECALL)])
     assert problems(run_copy) == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"recall": 1.0, "recall_low": 0.0}], None),
+        ([], "0 rows of figures, where one is needed"),
+        ([{"recall": 1.01}], "recall is 1.01, which is no share"),
+        ([{"recall_low": -0.1}], "recall_low is -0.1, which is no share"),
+    ],
+)
+def test_figures_of_the_recall_of_retrieval(run_copy: Path, rows: list[dict[str, Any]], message: str | None) -> None:
+    told = pa.Table.from_pylist(rows, RETRIEVAL_RECALL)
+    write_set(run_copy / "retrieved/_recall_birds", "retrieval_recall", [told], source="birds", role="query")
+    if message is None:
+        assert problems(run_copy) == {}
+    else:
+        only_damage(run_copy, "retrieval_recall/birds", message)
 
 
 def test_a_stale_upstream_is_named(run_copy: Path, tiny_recipe: Path) -> None:
