@@ -29,8 +29,10 @@ OPERATIONS_PER_SECOND = 3.8e11
 VECTORS_PER_LIST, LISTS_PER_ROOT = 64, 12
 """Vectors of a list, and where that would be more lists than 12 for each root of the number of nodes, as many: ranking
 lists and comparing what they store then grow alike."""
-LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 4, 3
-"""More nodes have more borders between those alike: the quantizers that reached one recall at 10**6 and 10**7."""
+LISTS_JOINED, MOST_LISTS_JOINED = 32, 64
+LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 4, 2
+"""More nodes have more borders between those alike. At 10**7, eight quantizers of 32 lists joined compare fewer of the
+pairs than six of 64: what one quantizer parts, another often parts too."""
 POINTS_PER_LIST = 10
 MAX_LISTS = 65_536
 CACHED = 0.75
@@ -83,9 +85,10 @@ def _partitioned(settings: JoinSettings, num_nodes: int) -> dict[str, Any]:
     near = 2 ** round(math.log2(max(1, wanted)))
     num_lists = settings.num_lists or min(max(1, near), MAX_LISTS)
     tenfolds = math.log10(max(1, num_nodes / EXACT_UP_TO))
+    joined = settings.lists_joined or min(MOST_LISTS_JOINED, round(LISTS_JOINED * 2**tenfolds))
     return {
         "num_lists": num_lists,
-        "lists_joined": min(settings.lists_joined, num_lists),
+        "lists_joined": min(joined, num_lists),
         "quantizers": settings.quantizers or round(LEAST_QUANTIZERS + QUANTIZERS_PER_TENFOLD * tenfolds),
         "partition_rows": settings.partition_rows,
     }

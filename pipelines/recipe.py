@@ -88,7 +88,7 @@ class JoinSettings(Settings):
 
     engine: Literal["auto", "exact", "partitioned", "faiss"] = "auto"
     num_lists: Positive | None = None
-    lists_joined: Positive = 32
+    lists_joined: Positive | None = None
     quantizers: Positive | None = None
     in_place: bool | None = None
     partition_rows: Positive = 1_000_000
