@@ -128,7 +128,7 @@ def time_ivf(embeddings: str, queries: int, threads: int, wanted: float, lists: 
         print(f"  nprobe {index.nprobe}: {reached:.4f} of the true pairs")
         if reached >= wanted or index.nprobe >= lists:
             break
-        index.nprobe = min(lists, index.nprobe * 3 // 2)
+        index.nprobe = min(lists, index.nprobe * 6 // 5)
     some = to_unit(vectors.read(0, min(queries, len(vectors))))
     _time_search(f"IVF{lists},Flat range_search, nprobe {index.nprobe}", index, some, len(vectors))
 

@@ -13,7 +13,7 @@ AVIF file that lies about its size can take more: up to 2 GB.
 import io
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -100,16 +100,27 @@ def decode(data: bytes, min_side: int | None = None, max_pixels: int = DEFAULT_M
     return picture.in_srgb(picture.image)
 
 
-def decode_picture(data: bytes, min_side: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS) -> "Picture":
+def decode_picture(
+    data: bytes, min_side: int | Callable[[int, int], int] | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> "Picture":
     """What `decode` gives, for those who resize it: with the exact box, and colours still to be brought to sRGB.
+
+    Args:
+        data, max_pixels: as for `decode`.
+        min_side: as for `decode`, or what names it for the width and height of an image (of a JPEG, when upright).
 
     Raises:
         UndecodableImage: as `decode`.
     """
-    with _one_error(), _open(data) as image:
+    with _one_error():
+        image = _open(data)
         _refuse_bombs(image, data, max_pixels)
+        upright = image.size if _orientation(image) < 5 else image.size[::-1]
+    side = min_side(*upright) if callable(min_side) else min_side  # its errors are not the image's
+    with _one_error(), image:
         frame = image.tile[0].extents if image.format == "GIF" else None
-        reduced = image.draft("RGB", (min_side, min_side)) if min_side is not None else None
+        whole = image.width
+        reduced = image.draft("RGB", (side, side)) if side is not None else None
         width, height = reduced[1][2:] if reduced is not None else image.size
         image.load()
         orientation = _orientation(image)
@@ -117,7 +128,7 @@ def decode_picture(data: bytes, min_side: int | None = None, max_pixels: int = D
         if frame not in (None, (0, 0, *image.size)):
             pixels = _framed(pixels, frame)
         pixels.info = {}  # tells of the file: its profile and orientation are no longer those of the pixels
-        return Picture(*_upright(pixels, width, height, orientation), transform)
+        return Picture(*_upright(pixels, width, height, orientation), transform, round(whole / width))
 
 
 @dataclass(frozen=True)
@@ -129,11 +140,13 @@ class Picture:
         box: where in the image the picture lies. Of 1001 pixels half size makes 501, of which the last holds one pixel
             and padding, so the picture is 500.5 wide. Who resizes the box and not the whole image shifts nothing.
         transform: from the profile to sRGB; None where the colours are those of sRGB.
+        reduction: 1, 2, 4 or 8, pixels of the file that lie along a side of one of these.
     """
 
     image: Image.Image
     box: Box
     transform: ImageCms.ImageCmsTransform | None
+    reduction: int
 
     def in_srgb(self, image: Image.Image) -> Image.Image:
         """RGB of an image made from this one. It takes longer than decoding, for each pixel, so resize before."""

@@ -1,0 +1,1 @@
+"""Shards to models: data, losses, the student-teacher pair, distillation, evaluation, export."""
