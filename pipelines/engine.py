@@ -31,8 +31,8 @@ VECTORS_PER_LIST, LISTS_PER_ROOT = 64, 12
 lists and comparing what they store then grow alike."""
 LISTS_JOINED, MOST_LISTS_JOINED = 32, 64
 LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 4, 2
-"""More nodes have more borders between those alike. At 10**7, eight quantizers of 32 lists joined compare fewer of the
-pairs than six of 64: what one quantizer parts, another often parts too."""
+"""More nodes have more borders between those alike. At 10**7 each doubling of the lists joined more than halves what is
+missed (docs/benchmarks.md), while what one quantizer parts, another often parts too."""
 POINTS_PER_LIST = 10
 MAX_LISTS = 65_536
 CACHED = 0.75
