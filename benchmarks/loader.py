@@ -38,7 +38,7 @@ from benchmarks.measure import machine
 from curation.hashing import image_id
 from curation.shards import IMAGE_GROUP_ROWS
 from trainer.batch import Batch
-from trainer.crops import _COLUMNS, _FLIP, CropMaker, CropSettings, Views, collate, crop_boxes
+from trainer.crops import COLUMNS, FLIP, CropMaker, CropSettings, Views, collate, crop_boxes
 from trainer.draws import Purpose, generator
 from trainer.loader import Loader, Reject
 from trainer.samples import Dataset, Source, open_dataset
@@ -125,11 +125,11 @@ def decode(images: list[bytes]) -> int:
 def plan(maker: CropMaker, data: bytes, number: int) -> tuple[float, list[Crop]]:
     """What the maker draws for an image: pixels of the image for each of a crop, at least, and the crops."""
     settings = maker.settings
-    draws = generator((0, number), Purpose.VIEWS).random((len(maker.sizes), _COLUMNS))
+    draws = generator((0, number), Purpose.VIEWS).random((len(maker.sizes), COLUMNS))
     scales = np.array([settings.global_scale] * 2 + [settings.local_scale] * settings.local_crops)
     boxes = crop_boxes(draws, *Image.open(io.BytesIO(data)).size, scales, settings.ratio)
     edges = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).tolist()
-    flips = draws[:, _FLIP] < settings.flip
+    flips = draws[:, FLIP] < settings.flip
     crops = [(size, tuple(box), bool(flip)) for size, box, flip in zip(maker.sizes, edges, flips, strict=True)]
     return float((boxes[:, 2:].min(axis=1) / maker.sizes).min()), crops
 

@@ -340,12 +340,12 @@ class VisionTransformer(nn.Module):
         if mask is not None:
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
-        patches = patches + self._positions(images.shape[2] // size, images.shape[3] // size)
+        patches = patches + self.positions(images.shape[2] // size, images.shape[3] // size)
         if self.register_tokens is None:
             return torch.cat([cls, patches], dim=1)
         return torch.cat([cls, self.register_tokens.expand(len(images), -1, -1), patches], dim=1)
 
-    def _positions(self, height: int, width: int) -> Tensor:
+    def positions(self, height: int, width: int) -> Tensor:
         """Embeddings of the positions of height x width patches, [1, N, D]."""
         grid, mode = self.config.grid, self.config.interpolation
         native = self.pos_embed[:, 1:]

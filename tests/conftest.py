@@ -20,6 +20,17 @@ def _no_fsync() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch in one thread, where sums are compared bit for bit."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _write_sources(root: Path) -> None:
     """Two pools, a query set and a reference set, with all that can be wrong with an image.
 

@@ -36,11 +36,11 @@ Boxes = npt.NDArray[np.int64]
 """Left, top, width and height of each crop, int64 [crops, 4], in pixels of the image."""
 
 _BOX = slice(0, 2 * TRIES)  # columns of the numbers drawn for a crop
-_TOP, _LEFT, _FLIP = 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2
-_VALUES = slice(_FLIP + 1, _FLIP + 6)  # brightness, contrast, saturation, hue, sigma
-_CHANCES = slice(_FLIP + 6, _FLIP + 10)  # jitter, gray, blur, solarize
-_ORDER = slice(_FLIP + 10, _FLIP + 14)
-_COLUMNS = _ORDER.stop
+_TOP, _LEFT, FLIP = 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2
+_VALUES = slice(FLIP + 1, FLIP + 6)  # brightness, contrast, saturation, hue, sigma
+_CHANCES = slice(FLIP + 6, FLIP + 10)  # jitter, gray, blur, solarize
+_ORDER = slice(FLIP + 10, FLIP + 14)
+COLUMNS = _ORDER.stop
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class CropMaker:
         Raises:
             UndecodableImage: see `embedders.images.decode`.
         """
-        draws = generator(key, Purpose.VIEWS).random((len(self.sizes), _COLUMNS))
+        draws = generator(key, Purpose.VIEWS).random((len(self.sizes), COLUMNS))
 
         @functools.cache  # asked before decoding and after, nearly always for the same size
         def boxes(width: int, height: int) -> Boxes:
@@ -145,7 +145,7 @@ class CropMaker:
 
         picture = decode_picture(image_bytes, lambda *size: self._min_side(boxes(*size), *size))
         left, top, right, bottom = (round(edge * picture.reduction) for edge in picture.box)
-        flips = draws[:, _FLIP] < self.settings.flip
+        flips = draws[:, FLIP] < self.settings.flip
         each = zip(boxes(right - left, bottom - top).tolist(), self.sizes, flips.tolist(), strict=True)
         return Views([_crop(picture, *crop) for crop in each], self._colors(draws))
 

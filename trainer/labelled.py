@@ -17,6 +17,7 @@ from torch import Tensor
 from curation import storage
 from curation.errors import ConfigError
 from curation.shards import STREAM_BUFFER, ReadableParquet
+from trainer.parquet import image_leaf, parquet_files
 
 Label = str | int
 
@@ -117,13 +118,10 @@ def _numbers(labels: Iterable[Label], numbers: dict[Label, int]) -> Tensor:
 
 
 def _files(uri: str) -> list[str]:
-    fs, path = storage.filesystem(uri)
-    if fs.isdir(path):
-        uri, path = storage.join(uri, "*.parquet"), storage.join(path, "*.parquet")
-    found = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] if fs.exists(path) else []
-    if not found:
-        raise ConfigError(f"{uri} does not exist")
-    return [fs.unstrip_protocol(name) if "://" in uri else name for name in found]
+    found = parquet_files(storage.absolute(uri))
+    if found is None:
+        raise ConfigError(f"{uri} holds no Parquet files")
+    return found
 
 
 def _checked_rows(file: str, source: Labelled) -> int:
@@ -131,22 +129,14 @@ def _checked_rows(file: str, source: Labelled) -> int:
     with storage.open_input(file) as opened, ReadableParquet(file):
         parquet = pq.ParquetFile(opened, pre_buffer=False)
         schema = parquet.schema_arrow
-        for key, column, fits, wants in (
-            ("image_column", source.image_column, _is_image, "encoded images"),
-            ("label_column", source.label_column, _is_label, "strings or whole numbers"),
-        ):
-            if column not in schema.names:
-                raise ConfigError(f"{file} has no column {column}; set {key} to one of {', '.join(schema.names)}")
-            if not fits(schema.field(column).type):
-                raise ConfigError(f"{file}: {key} {column} holds {schema.field(column).type}, not {wants}")
+        image_leaf(file, schema, source.image_column)
+        column = source.label_column
+        if column not in schema.names:
+            raise ConfigError(f"{file} has no column {column!r}; set label_column to one of {', '.join(schema.names)}")
+        if not _is_label(schema.field(column).type):
+            kind = schema.field(column).type
+            raise ConfigError(f"{file}: label_column {column!r} holds {kind}, not strings or whole numbers")
         return int(parquet.metadata.num_rows)
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        place = kind.get_field_index("bytes")
-        return place >= 0 and _is_image(kind.field(place).type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_label(kind: pa.DataType) -> bool:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from curation import storage
 from curation.errors import ConfigError
-from curation.shards import ReadableParquet
+from curation.shards import BEGUN, MANIFEST, ReadableParquet, ShardSet
 from trainer.order import FILES_TOGETHER, Groups
 
 ID = "image_id"
@@ -104,6 +104,26 @@ def open_parquet(uris: Sequence[str], column: str, window_bytes: int) -> Parquet
     return ParquetImages(pa.array(uris, pa.large_string()), Groups(file, rows, window, run), column)
 
 
+def parquet_files(uri: str) -> list[str] | None:
+    """The Parquet files that a file, a glob pattern, a shard set or another directory means.
+
+    None where it is a directory without any. Raises ConfigError where nothing is there, or a set that is not complete.
+    """
+    fs, path = storage.filesystem(uri)
+    if fs.isdir(path):
+        names = storage.names(uri)
+        if MANIFEST in names or BEGUN in names:
+            shards = ShardSet(uri)
+            return [shards.part_uri(part) for part in range(shards.num_parts)]
+        return [storage.join(uri, name) for name in names if name.endswith(".parquet")] or None
+    if fs.exists(path):
+        return [uri]
+    found = sorted(name for name in fs.glob(path) if not fs.isdir(name)) if any(c in path for c in "*?[") else []
+    if not found:
+        raise ConfigError(f"{uri} does not exist")
+    return [fs.unstrip_protocol(name) if "://" in uri else name for name in found]
+
+
 class _OpenFile:
     """A Parquet file opened once, which one thread reads at a time."""
 
@@ -112,7 +132,7 @@ class _OpenFile:
         with _readable(uri):
             self._parquet = _opened(uri)
         schema = self._parquet.schema_arrow
-        self._leaf = _image_leaf(uri, schema, column)
+        self._leaf = image_leaf(uri, schema, column)
         self._ids = [ID] if ID in schema.names and column != ID else []
 
     def read(self, group: int) -> Rows:
@@ -150,7 +170,7 @@ def _opened(uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(fs.open(path, "rb", cache_type="none"), pre_buffer=True)
 
 
-def _image_leaf(uri: str, schema: pa.Schema, column: str) -> str:
+def image_leaf(uri: str, schema: pa.Schema, column: str) -> str:
     """The Parquet column that holds the images' bytes. Raises ConfigError where there is none."""
     if column not in schema.names:
         raise ConfigError(f"{uri} has no column {column!r}; set image_column to one of {', '.join(schema.names)}")

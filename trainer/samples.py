@@ -15,11 +15,10 @@ import pyarrow as pa
 from curation import storage
 from curation.errors import ConfigError
 from curation.hashing import digest
-from curation.shards import BEGUN, MANIFEST, ShardSet
 from trainer.folders import open_folder
 from trainer.mixtures import Mixture
 from trainer.order import Groups, Order
-from trainer.parquet import Rows, open_parquet
+from trainer.parquet import Rows, open_parquet, parquet_files
 
 WINDOW_BYTES = 2**27
 """Images that are shuffled together, in bytes, shared equally by the sources; each worker holds as much."""
@@ -128,27 +127,10 @@ def open_images(source: Source, window_bytes: int) -> Images:
     """
     try:
         uri = storage.absolute(source.images)
-        files = _parquet_files(uri)
+        files = parquet_files(uri)
         return open_folder(uri) if files is None else open_parquet(files, source.image_column, window_bytes)
     except ConfigError as error:
         raise ConfigError(f"source {source.name}: {error}") from None
-
-
-def _parquet_files(uri: str) -> list[str] | None:
-    """The Parquet files that `uri` means, None where it is a directory without any."""
-    fs, path = storage.filesystem(uri)
-    if fs.isdir(path):
-        names = storage.names(uri)
-        if MANIFEST in names or BEGUN in names:
-            shards = ShardSet(uri)
-            return [shards.part_uri(part) for part in range(shards.num_parts)]
-        return [storage.join(uri, name) for name in names if name.endswith(".parquet")] or None
-    if fs.exists(path):
-        return [uri]
-    found = sorted(name for name in fs.glob(path) if not fs.isdir(name)) if any(c in path for c in "*?[") else []
-    if not found:
-        raise ConfigError(f"{uri} does not exist")
-    return [fs.unstrip_protocol(name) if "://" in uri else name for name in found]
 
 
 class Place(NamedTuple):

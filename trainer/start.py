@@ -88,7 +88,7 @@ def fill(network: Trainable, weights: Weights) -> list[str]:
     _check_same(weights.backbone.config, backbone.config)
     state = weights.backbone.state_dict()
     grid = backbone.config.grid
-    positions = weights.backbone._positions(grid, grid)
+    positions = weights.backbone.positions(grid, grid)
     backbone.load_state_dict({**state, "pos_embed": torch.cat([state["pos_embed"][:, :1], positions], dim=1)})
     left = []
     for name, head in network.named_children():

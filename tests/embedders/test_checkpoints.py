@@ -234,7 +234,7 @@ def test_meta_and_hf_positions_are_the_published_formulas(tmp_path: Path, height
         columns = resample(grid, width, (width + offset) / grid)
         expected = np.einsum("hi,wj,ijd->hwd", rows, columns, plane).reshape(1, height * width, -1)
         model.config = replace(TINY, interpolation=mode)  # type: ignore[arg-type]
-        np.testing.assert_allclose(model._positions(height, width).detach().numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(model.positions(height, width).detach().numpy(), expected, atol=1e-5)
         found[mode] = ours(model, images(14 * height, 14 * width))
     assert distance(found["meta"], found["hf"]) > 1e-3
 

@@ -1,6 +1,5 @@
 """Distillation: the objective for teachers without heads by its formula, and the published one with them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 WIDE = ViTConfig(dim=48, depth=1, heads=2, patch_size=7, image_size=56)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def featured(seed: int) -> tuple[Pair, Inputs]:

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,12 +32,7 @@ CASES = {
 """21 prototypes and class tokens do not divide by two."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch_of(given: TrainSettings, step: int, rank: int) -> Batch:

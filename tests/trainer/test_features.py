@@ -96,14 +96,19 @@ def test_columns_have_any_name_and_the_types_that_people_have(tmp_path: Path) ->
 def test_what_cannot_be_read_is_one_clear_line(eleven: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 and no more")
+    (tmp_path / "empty").mkdir()
     for source, says in [
         (Labelled(str(tmp_path / "none.parquet")), "none.parquet does not exist"),
         (Labelled(f"{tmp_path}/x*.parquet"), "does not exist"),
+        (Labelled(f"{tmp_path}/empty"), "empty holds no Parquet files"),
         (Labelled(str(broken)), "broken.parquet is not a readable Parquet file"),
-        (Labelled(eleven, "picture"), "has no column picture; set image_column to one of image, label"),
-        (Labelled(eleven, label_column="class"), "has no column class; set label_column to one of image, label"),
-        (Labelled(eleven, "label"), "image_column label holds string, not encoded images"),
-        (Labelled(eleven, label_column="image"), "label_column image holds binary, not strings or whole numbers"),
+        (Labelled(eleven, "picture"), "has no column 'picture'; set image_column to one of image, label"),
+        (Labelled(eleven, label_column="class"), "has no column 'class'; set label_column to one of image, label"),
+        (
+            Labelled(eleven, "label"),
+            "column 'label' holds string, not the bytes of images; set image_column to another",
+        ),
+        (Labelled(eleven, label_column="image"), "label_column 'image' holds binary, not strings or whole numbers"),
         (Labelled(eleven, start=11), r"has no rows in \[11, end\): it has 11 in all"),
         (Labelled(eleven, sample=0), "has no rows"),
     ]:

@@ -1,6 +1,6 @@
 """The student-teacher pair: one packed forward against separate ones, moving average, blocks carried out otherwise."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +15,7 @@ from trainer.step import augmented
 SEPARATE = ("heads.separate=true", "heads.ibot_prototypes=20")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(*assignments: str, seed: int = 0) -> Network:
