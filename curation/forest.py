@@ -18,7 +18,7 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Edges = tuple[Int64, Int64, Float32]
 
-NUM_LEVELS = 32
+NUM_LEVELS = 12
 HELD_EDGES = 1 << 21
 """Edges are reduced to a forest whenever this many have come in since, or as many as there are nodes."""
 

@@ -6,7 +6,7 @@ reduction are never scored.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +15,9 @@ import numpy.typing as npt
 from curation.codes import Codes, allowances, at_most, cutoffs, encode
 from curation.forest import Edges
 from curation.hubs import TAU, balls, content_hash, leaders
-from curation.products import Multiplier
+from curation.products import Found, Multiplier
 from curation.scoring import Vectors, compiled, cosine_pairs, norms
+from curation.sieve import helps, most_bits, passes, sieved, sketches
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -35,6 +36,7 @@ class Rows:
         vectors: stored, [k, d]; norms: their lengths, float64 [k]. Not copied by `take`.
         codes: of these rows.
         ball: hub that each lies in, int32 [n]; -1 for none. Members of one hub are not compared.
+        sketches: uint64 [n, WORDS] where pairs go through a sieve (`sieve`), else None.
     """
 
     nodes: Names
@@ -43,14 +45,21 @@ class Rows:
     norms: npt.NDArray[np.float64]
     codes: Codes
     ball: Int32
+    sketches: npt.NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return len(self.nodes)
 
     def take(self, rows: npt.NDArray[np.integer] | slice) -> "Rows":
         """Some of the rows: codes are copied for an array of rows, viewed for a slice."""
-        codes = self.codes.take(rows)
-        return Rows(self.nodes[rows], self.at[rows], self.vectors, self.norms, codes, self.ball[rows])
+        codes, taken = self.codes.take(rows), None if self.sketches is None else self.sketches[rows]
+        return Rows(self.nodes[rows], self.at[rows], self.vectors, self.norms, codes, self.ball[rows], taken)
+
+    def sketched(self, threshold: float) -> "Rows":
+        """These rows with sketches, where a sieve helps at this threshold: for joins that are not exact."""
+        if not helps(threshold, self.codes.values.shape[1]):
+            return self
+        return replace(self, sketches=sketches(self.codes.values))
 
 
 def rows_of(nodes: Int64, vectors: Vectors, ball: Int32 | None = None) -> Rows:
@@ -126,6 +135,7 @@ class Join:
 
     def __init__(self, threshold: float, reductions: Sequence[Reduction], multiplier: Multiplier) -> None:
         self.threshold, self._reductions, self.multiplier = float(np.float32(threshold)), reductions, multiplier
+        self.most_bits = most_bits(self.threshold)
 
     def among(self, x: Rows) -> None:
         """All pairs of rows of `x`, except within hubs. Time grows with n**2 / 2, less what lies within hubs."""
@@ -152,26 +162,40 @@ class Join:
             return
         cutoff = cutoffs(self.threshold, x.codes)
         allowance = allowances(y.codes, float(x.codes.error.max()))
-        for i, j, product in self.multiplier.candidates(x.codes.values, y.codes.values, cutoff, allowance, upper):
-            self.offer(x, y, i, j, product)
+        for found in self.multiplier.candidates(x.codes.values, y.codes.values, cutoff, allowance, upper):
+            self.offer(x, y, *self.sifted(x, y, found))
+
+    def sifted(self, x: Rows, y: Rows, found: Found) -> Found:
+        """Of candidates those that pass the sieve, if there is one."""
+        i, j, product = found
+        if x.sketches is None or y.sketches is None:
+            return found
+        passed = passes(x.sketches[i], y.sketches[j], self.most_bits)
+        return i[passed], j[passed], product[passed]
 
     def offer(self, x: Rows, y: Rows, i: Int32, j: Int32, product: Int32) -> None:
         """Score candidates (row of `x`, row of `y`) with these products of codes, as far as reductions want it.
 
         The most alike first: what connects a group is then known before the many weaker pairs within it are looked at.
         """
+        i, j, product = self._undecided(x, y, i, j, product)
         order = np.argsort(-product)
         for start in range(0, len(order), OFFERED):
             some = order[start : start + OFFERED]
             self._score(x, y, i[some], j[some], product[some])
 
-    def _score(self, x: Rows, y: Rows, i: Int32, j: Int32, product: Int32) -> None:
+    def _undecided(self, x: Rows, y: Rows, i: Int32, j: Int32, product: Int32) -> Found:
+        """Those candidates that could matter to some reduction."""
         a, b = x.nodes[i], y.nodes[j]
         bound = at_most(product, x.codes.error[i], y.codes.error[j], x.codes.scale)
-        open_pairs = np.zeros(len(i), dtype=np.bool_)
+        left = np.zeros(len(i), dtype=np.bool_)
         for reduction in self._reductions:
-            open_pairs |= reduction.undecided(a, b, bound)
-        i, j, a, b = i[open_pairs], j[open_pairs], a[open_pairs], b[open_pairs]
+            left |= reduction.undecided(a, b, bound)
+        return i[left], j[left], product[left]
+
+    def _score(self, x: Rows, y: Rows, i: Int32, j: Int32, product: Int32) -> None:
+        i, j, _ = self._undecided(x, y, i, j, product)
+        a, b = x.nodes[i], y.nodes[j]
         similarity = cosine_pairs(x.vectors, x.at[i], y.vectors, y.at[j], x.norms, y.norms)
         above = similarity > np.float32(self.threshold)
         for reduction in self._reductions:
@@ -312,7 +336,7 @@ def join_cells(join: Join, x: Rows, stored: Members, visiting: Members, among: b
     with_hubs = bool((x.ball >= 0).any())
     cutoff = cutoffs(join.threshold, x.codes)
     allowance = allowances(x.codes, float(x.codes.error.max(initial=0.0)))
-    batch: list[tuple[Int32, Int32, Int32]] = []
+    batch: list[Found] = []
     held = 0
     for cell in np.flatnonzero(np.diff(stored.offsets)):
         own, guests = stored.of(cell), visiting.of(cell)
@@ -322,11 +346,7 @@ def join_cells(join: Join, x: Rows, stored: Members, visiting: Members, among: b
             if among:
                 join.among(at_home)
             continue
-        if among and len(own) <= SMALL_CELL:
-            guests = np.concatenate([guests, own])
-        elif among:
-            join.among(x.take(own))
-        for found in join.multiplier.gathered(x.codes.values, guests, own, cutoff, allowance):
+        for found in _met(join, x, guests, own, cutoff, allowance, among):
             batch.append(found)
             held += len(found[0])
             if held >= BATCH:
@@ -335,7 +355,25 @@ def join_cells(join: Join, x: Rows, stored: Members, visiting: Members, among: b
     _offer_batch(join, x, batch)
 
 
-def _offer_batch(join: Join, x: Rows, batch: list[tuple[Int32, Int32, Int32]]) -> None:
+def _met(
+    join: Join, x: Rows, guests: Int32, own: Int32, cutoff: Int32, allowance: Int32, among: bool
+) -> Iterator[Found]:
+    """Candidates of one cell without hubs: rows of `x` and products of codes."""
+    codes, sketch = x.codes.values, x.sketches
+    if sketch is not None and join.multiplier.device.type == "cpu":
+        yield from sieved(sketch, codes, guests, own, join.most_bits, cutoff, allowance)
+        if among:
+            yield from sieved(sketch, codes, own, own, join.most_bits, cutoff, allowance, upper=True)
+        return
+    if among and len(own) <= SMALL_CELL:
+        guests = np.concatenate([guests, own])
+    elif among:
+        join.among(x.take(own))
+    for found in join.multiplier.gathered(codes, guests, own, cutoff, allowance):
+        yield join.sifted(x, x, found)
+
+
+def _offer_batch(join: Join, x: Rows, batch: list[Found]) -> None:
     if batch:
         i, j, product = (np.concatenate(column) for column in zip(*batch, strict=True))
         apart = i != j

@@ -17,9 +17,9 @@ from curation.clustering import fit_kmeans
 from curation.codes import Codes, encode
 from curation.errors import ConfigError
 from curation.kmeans_init import draw_rows
-from curation.products import Multiplier
+from curation.products import STEP_ROWS, Multiplier
 from curation.sampling import proportional_shares
-from curation.scoring import Vectors, compiled, inlined, norms
+from curation.scoring import Vectors, compiled, norms
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -29,14 +29,13 @@ Float32 = npt.NDArray[np.float32]
 POINTS_PER_COARSE = 64
 """Sampled vectors per coarse centroid: more do not make better cells."""
 
-COARSE_BLOCK = 2_048
-"""Rows that are ranked against all coarse cells at a time."""
-FINE_BLOCK = 8192
-"""Rows that are grouped by coarse cell at a time: their codes stay in a processor's cache while cells gather them."""
-SPAN = 32
-"""Products that are compared with a row's bound at once."""
-ROOM = 4
-"""Products that are held of a row, for each list wanted, before the best of them are chosen."""
+SEARCHED = 4
+"""One in so many coarse cells is searched for lists; with one in eight a join misses nearly three times as much."""
+
+HELD_PRODUCTS = 1 << 21
+"""Products that are held at once where all centroids are ranked: they stay in a processor's cache."""
+LISTS_BLOCK = 4_096
+"""Rows that are grouped by coarse cell at a time: enough of them share each cell."""
 
 NOTHING = np.int32(-(2**31))
 """Less than any product."""
@@ -78,7 +77,7 @@ def fit_quantizer(
     Args:
         sample: stored vectors [n, d]; vectors of length zero are left out.
         num_lists: C, at most the number of vectors with a direction.
-        num_coarse: k1, at most C; by default the power of two nearest to 2 sqrt(C) by ratio.
+        num_coarse: k1, at most C; by default the power of two nearest to sqrt(C) / 2 by ratio.
         iterations: of k-means, on both levels.
         seed: of the subsample and of k-means.
         threads: that assign points to the coarse cells; as many cells are then fitted at once, each by one thread.
@@ -102,15 +101,18 @@ def fit_quantizer(
 
 
 def default_num_coarse(num_lists: int) -> int:
-    """The power of two nearest to 2 sqrt(num_lists) by ratio, at most num_lists."""
-    return min(num_lists, 2 ** round(1 + np.log2(num_lists) / 2)) if num_lists > 0 else 0
+    """The power of two nearest to sqrt(num_lists) / 2 by ratio, at least 1.
+
+    Cells of many lists: products with them are large, and their lists are ranked side by side.
+    """
+    return 2 ** max(0, round(np.log2(num_lists) / 2 - 1)) if num_lists > 0 else 0
 
 
 def _fit_lists(
     points: Vectors, coarse: Float32, num_lists: int, iterations: int, seed: int, threads: int
 ) -> tuple[Int64, Float32]:
     """`starts` and `fine` of a Quantizer."""
-    cell = _nearest_cells(encode(points).values, encode(coarse).values, 1, Multiplier())[:, 0]
+    cell = _nearest(encode(points).values, encode(coarse).values, 1, Multiplier())[:, 0]
     size = np.bincount(cell, minlength=len(coarse))
     rows = np.split(np.argsort(cell, kind="stable"), np.cumsum(size)[:-1])
     shares = proportional_shares(size, num_lists)
@@ -128,50 +130,65 @@ def _fit_lists(
 def nearest_lists(codes: Codes, quantizer: Quantizer, m: int, probes: int | None = None, device: str = "cpu") -> Int32:
     """The m lists nearest to each vector, of those in the `probes` coarse cells nearest to it.
 
-    Both are ranked by product of codes, ties by lowest number. Takes one thread beside torch's. Holds 4 m bytes a row.
+    Both are ranked by product of codes, ties by lowest number. Takes one thread beside torch's. Holds 4 m bytes a row,
+    and the products of a block: 16 kB for each list that is ranked.
 
     Args:
         codes: of n vectors.
         quantizer: of vectors of the same dimension.
         m: lists per vector.
-        probes: from 1 to k1, which searches all lists; by default k1 / 8.
+        probes: from 1 to k1, which searches all lists; by default k1 / SEARCHED.
         device: that multiplies.
 
     Returns:
         int32 [n, m], best first; -1 where fewer than m lists were searched.
     """
     num_coarse = len(quantizer.coarse)
-    probes = max(1, num_coarse // 8) if probes is None else min(probes, num_coarse)
+    probes = max(1, num_coarse // SEARCHED) if probes is None else min(probes, num_coarse)
     lists = np.full((len(codes), m), -1, dtype=np.int32)
     multiplier = Multiplier(device)
-    for start in range(0, len(codes), FINE_BLOCK):
-        block = slice(start, start + FINE_BLOCK)
-        _rank_block(codes.values[block], quantizer, probes, multiplier, lists[block])
+    if probes == num_coarse:
+        most = min(m, len(quantizer.fine))
+        lists[:, :most] = _nearest(codes.values, quantizer.fine_codes, most, multiplier)
+        return lists
+    room = np.empty(0, np.int32)
+    for start in range(0, len(codes), LISTS_BLOCK):
+        block = slice(start, start + LISTS_BLOCK)
+        room = _rank_block(codes.values[block], quantizer, probes, multiplier, room, lists[block])
     return lists
 
 
-def _rank_block(values: Int8, quantizer: Quantizer, probes: int, multiplier: Multiplier, lists: Int32) -> None:
-    """`nearest_lists` of one block of codes; `lists` holds -1 and receives the result."""
-    cells = _nearest_cells(values, quantizer.coarse_codes, probes, multiplier)
-    room = len(values), ROOM * lists.shape[1]
-    value, number = np.full(room, NOTHING), np.empty(room, dtype=np.int32)
-    held, bound = np.zeros(len(values), dtype=np.int32), np.full(len(values), NOTHING)
-    for c, rows in _group(cells, len(quantizer.coarse)):  # ascending, so that of equal products the lowest list stays
-        first, last = quantizer.starts[c], quantizer.starts[c + 1]
-        for some, columns, tile in multiplier.taken(values, rows, quantizer.fine_codes[first:last]):
-            width, offset = columns.stop - columns.start, first + columns.start
-            _keep_loop(tile, rows[some], width, offset, lists.shape[1], value, number, held, bound)
-    _order_loop(value, number, held, lists)
+def _rank_block(
+    values: Int8, quantizer: Quantizer, probes: int, multiplier: Multiplier, room: Int32, lists: Int32
+) -> Int32:
+    """`nearest_lists` of one block of codes, in `lists`; returns `room` for products, larger if it had to be.
+
+    A row's cells are ascending, and so are the lists whose products stand side by side.
+    """
+    cells = np.sort(_nearest(values, quantizer.coarse_codes, probes, multiplier), axis=1)
+    sizes = np.diff(quantizer.starts)[cells]
+    ends = np.cumsum(sizes, axis=1)
+    shape = len(values), int(ends[:, -1].max())
+    if len(room) < shape[0] * shape[1]:
+        room = np.empty(shape[0] * shape[1], np.int32)
+    product = room[: shape[0] * shape[1]].reshape(shape)
+    for c, rows, place in _group(cells, ends - sizes, len(quantizer.coarse)):
+        fine = quantizer.fine_codes[quantizer.starts[c] : quantizer.starts[c + 1]]
+        for some, columns, tile in multiplier.taken(values, rows, fine):
+            _put_loop(tile, rows[some], place[some] + columns.start, columns.stop - columns.start, product)
+    _name_loop(_top_columns(product, ends[:, -1], lists.shape[1]), cells, ends, sizes, quantizer.starts, lists)
+    return room
 
 
-def _nearest_cells(values: Int8, coarse: Int8, probes: int, multiplier: Multiplier) -> Int32:
-    """The `probes` nearest coarse cells of each code, int32 [n, probes], nearest first."""
-    cells = np.empty((len(values), probes), dtype=np.int32)
-    for start in range(0, len(values), COARSE_BLOCK):
-        block = slice(start, start + COARSE_BLOCK)
-        product = multiplier.products(values[block], coarse)
-        cells[block] = _top_columns(product, np.full(len(product), len(coarse)), probes)
-    return cells
+def _nearest(values: Int8, centroids: Int8, m: int, multiplier: Multiplier) -> Int32:
+    """The m centroids nearest to each code, int32 [n, m], best first, of equal products the lowest number first."""
+    found = np.empty((len(values), m), dtype=np.int32)
+    rows = max(STEP_ROWS, HELD_PRODUCTS // len(centroids) // STEP_ROWS * STEP_ROWS)
+    for start in range(0, len(values), rows):
+        block = slice(start, start + rows)
+        product = multiplier.products(values[block], centroids)
+        found[block] = _top_columns(product, np.full(len(product), len(centroids)), m)
+    return found
 
 
 def _top_columns(values: Int32, widths: Int64, m: int) -> Int32:
@@ -185,15 +202,15 @@ def _top_columns(values: Int32, widths: Int64, m: int) -> Int32:
     return columns
 
 
-def _group(cells: Int32, num_cells: int) -> Iterator[tuple[int, Int32]]:
-    """Each cell that some row has, with its rows, int32 and increasing."""
+def _group(cells: Int32, places: Int64, num_cells: int) -> Iterator[tuple[int, Int32, Int64]]:
+    """Each cell that some row has, with its rows, int32 and increasing, and the place that each row has for it."""
     ends = np.cumsum(np.bincount(cells.reshape(-1), minlength=num_cells))
     starts = np.concatenate(([0], ends[:-1]))
-    rows = np.empty(cells.size, dtype=np.int32)
-    _group_loop(cells, starts.copy(), rows)
+    rows, place = np.empty(cells.size, dtype=np.int32), np.empty(cells.size, dtype=np.int64)
+    _group_loop(cells, places, starts.copy(), rows, place)
     for c in range(num_cells):
         if starts[c] < ends[c]:
-            yield c, rows[starts[c] : ends[c]]
+            yield c, rows[starts[c] : ends[c]], place[starts[c] : ends[c]]
 
 
 @compiled
@@ -240,92 +257,30 @@ def _top_loop(values: Int32, widths: Int64, lanes: int, columns: Int32) -> None:
 
 
 @compiled
-def _group_loop(cells: Int32, place: Int64, rows: Int32) -> None:
-    """Counting sort: `place` is where the next row of each cell goes."""
+def _group_loop(cells: Int32, places: Int64, at: Int64, rows: Int32, place: Int64) -> None:
+    """Counting sort: `at` is where the next row of each cell goes."""
     for row in range(cells.shape[0]):
-        for c in cells[row]:
-            rows[place[c]] = row
-            place[c] += 1
-
-
-@inlined
-def _cut(value: Int32, number: Int32, m: int) -> int:
-    """Move the m largest values, of equal ones the first, to the front with their numbers; returns the least kept."""
-    low, high = value[0], value[0]
-    for t in range(value.shape[0]):
-        low, high = min(low, value[t]), max(high, value[t])
-    high += np.int32(1)
-    while high - low > 1:
-        middle = np.int32(low + (high - low) // 2)
-        reached = np.int32(0)
-        for t in range(value.shape[0]):
-            reached += np.int32(value[t] >= middle)
-        if reached >= m:
-            low = middle
-        else:
-            high = middle
-    above = 0
-    for t in range(value.shape[0]):
-        above += value[t] > low
-    equal, kept = m - above, 0
-    for t in range(value.shape[0]):
-        is_equal = value[t] == low
-        if value[t] > low or (is_equal and equal > 0):
-            equal -= is_equal
-            value[kept], number[kept] = value[t], number[t]
-            kept += 1
-    return int(low)
+        for k in range(cells.shape[1]):
+            c = cells[row, k]
+            rows[at[c]], place[at[c]] = row, places[row, k]
+            at[c] += 1
 
 
 @compiled
-def _keep_loop(
-    tile: Int32,
-    rows: Int32,
-    width: int,
-    first: int,
-    m: int,
-    value: Int32,
-    number: Int32,
-    held: Int32,
-    bound: Int32,
-) -> None:
-    """Hold products that may be among the m best of their row: line i is of row rows[i], column j of list first + j.
-
-    Lists come in ascending order, so a later one of equal product stays behind. What is held is cut to the m best
-    whenever a row's room is full; then `bound` is the least of them. Most products are below it, which is told SPAN at
-    a time.
-    """
+def _put_loop(tile: Int32, rows: Int32, place: Int64, width: int, product: Int32) -> None:
+    """Copy the first `width` of each line of `tile` to its row and place in `product`."""
     for i in range(rows.shape[0]):
-        row = rows[i]
-        least, count = bound[row], held[row]
-        for start in range(0, width, SPAN):
-            line, largest = tile[i, start : min(start + SPAN, width)], least
-            for j in range(line.shape[0]):  # without branches: many at once
-                largest = max(largest, line[j])
-            if largest == least:
-                continue
-            for j in range(line.shape[0]):
-                if line[j] > least:
-                    value[row, count], number[row, count] = line[j], first + start + j
-                    count += 1
-                    if count == value.shape[1]:
-                        least, count = np.int32(_cut(value[row], number[row], m)), m
-        bound[row], held[row] = least, count
+        product[rows[i], place[i] : place[i] + width] = tile[i, :width]
 
 
 @compiled
-def _order_loop(value: Int32, number: Int32, held: Int32, lists: Int32) -> None:
-    """The lists of the best values held, best first, of equal ones the first held first."""
-    m = lists.shape[1]
-    for row in range(lists.shape[0]):
-        count = held[row]
-        if count > m:
-            value[row, count:] = value[row, :count].min()  # behind all others, and no nearer to overflow
-            _cut(value[row], number[row], m)
-            count = m
-        for t in range(count):
-            this, its, at = value[row, t], number[row, t], t
-            while at > 0 and value[row, at - 1] < this:
-                value[row, at], lists[row, at] = value[row, at - 1], lists[row, at - 1]
-                at -= 1
-            value[row, at], lists[row, at] = this, its
+def _name_loop(columns: Int32, cells: Int32, ends: Int64, sizes: Int64, starts: Int64, lists: Int32) -> None:
+    """Write the lists that stand for columns of products, of a row's cells side by side; -1 for column -1."""
+    for row in range(columns.shape[0]):
+        for t in range(columns.shape[1]):
+            column, k = columns[row, t], 0
+            if column < 0:
+                continue
+            while ends[row, k] <= column:
+                k += 1
+            lists[row, t] = starts[cells[row, k]] + column - (ends[row, k] - sizes[row, k])

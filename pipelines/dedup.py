@@ -274,7 +274,7 @@ class DedupUnit(Unit):
     recall: str
 
     stage = "dedup"
-    version = 2
+    version = 3
 
     @property
     def title(self) -> str:

@@ -16,24 +16,22 @@ from pipelines.in_place import InPlaceStep
 from pipelines.join import HUB_SAMPLE, ExactStep, HubsStep, Keep, SampleStep, block_rows
 from pipelines.nodes import Nodes
 from pipelines.partition import PartitionStep
-from pipelines.partitioned import LayoutStep, ListsStep, QuantizersStep, ScatterStep
+from pipelines.partitioned import POINTS_PER_LIST, LayoutStep, ListsStep, QuantizersStep, ScatterStep
 from pipelines.recipe import JoinSettings
 from pipelines.unit import Step
 
 EXACT_UP_TO = 1_000_000
 """Nodes up to which `auto` joins exactly: at dimension 512 that is less than half an hour of one core."""
 EXACT_AT_MOST = 16_000_000
-"""Nodes that the exact engine takes: its forest holds 128 bytes a node in every worker."""
+"""Nodes that the exact engine takes: its forest holds 48 bytes a node in every worker."""
 OPERATIONS_PER_SECOND = 3.8e11
 """Of one core: n**2 d over the CPU seconds of the exact join of 200,000 vectors (docs/benchmarks.md)."""
-VECTORS_PER_LIST, LISTS_PER_ROOT = 64, 12
-"""Vectors of a list, and where that would be more lists than 12 for each root of the number of nodes, as many: ranking
+VECTORS_PER_LIST, LISTS_PER_ROOT = 64, 6
+"""Vectors of a list, and where that would be more lists than 6 for each root of the number of nodes, as many: ranking
 lists and comparing what they store then grow alike."""
-LISTS_JOINED, MOST_LISTS_JOINED = 32, 64
-LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 4, 2
-"""More nodes have more borders between those alike. At 10**7 each doubling of the lists joined more than halves what is
-missed (docs/benchmarks.md), while what one quantizer parts, another often parts too."""
-POINTS_PER_LIST = 10
+LISTS_JOINED = 40
+LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 3, 1
+"""More nodes have more borders between those alike (docs/benchmarks.md)."""
 MAX_LISTS = 65_536
 CACHED = 0.75
 """Share of this machine's memory that vectors and codes may take to be joined in place."""
@@ -85,10 +83,9 @@ def _partitioned(settings: JoinSettings, num_nodes: int) -> dict[str, Any]:
     near = 2 ** round(math.log2(max(1, wanted)))
     num_lists = settings.num_lists or min(max(1, near), MAX_LISTS)
     tenfolds = math.log10(max(1, num_nodes / EXACT_UP_TO))
-    joined = settings.lists_joined or min(MOST_LISTS_JOINED, round(LISTS_JOINED * 2**tenfolds))
     return {
         "num_lists": num_lists,
-        "lists_joined": min(joined, num_lists),
+        "lists_joined": min(settings.lists_joined or LISTS_JOINED, num_lists),
         "quantizers": settings.quantizers or round(LEAST_QUANTIZERS + QUANTIZERS_PER_TENFOLD * tenfolds),
         "partition_rows": settings.partition_rows,
     }
@@ -136,7 +133,7 @@ def plan_join(engine: Engine, nodes: Nodes, threshold: float, keep: Keep, seed: 
     device = _device(engine)
     size = HUB_SAMPLE
     if engine.name == "partitioned":
-        size = max(size, POINTS_PER_LIST * engine.values["num_lists"])
+        size = max(size, POINTS_PER_LIST * engine.values["num_lists"] * engine.values["quantizers"])
     sample = SampleStep(*at("sample"), nodes, size, seed, "join")
     hubs = HubsStep(*at("hubs"), sample.out)
     if engine.name == "exact":

@@ -1,7 +1,7 @@
 """Steps that lay a join's vectors out flat, so that tasks on this machine map them and nothing travels.
 
-1. `flat`: vectors and codes, 3 d bytes a node, in two files that every task maps into its memory; what else a join
-   asks of a vector stands in the set's rows.
+1. `flat`: vectors, codes and sketches, 3 d + 64 bytes a node, in files that every task maps into its memory; what else
+   a join asks of a vector stands in the set's rows.
 2. `leads`: who takes part. Equal vectors take part once.
 
 The files are what the page cache holds, not what a process does. 1 holds one block, 2 and each reader about 40 bytes a
@@ -11,6 +11,7 @@ node.
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from curation.join import Rows
 from curation.products import Multiplier
 from curation.scoring import cosine_pairs, norms
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
+from curation.sieve import WORDS, helps, sketches
 from pipelines.join import DeviceStep, read_sample
 from pipelines.nodes import Nodes
 from pipelines.unit import Step
@@ -33,6 +35,8 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
+POPULATE_READ = 22
+"""Linux's MADV_POPULATE_READ, which this Python's mmap does not name."""
 FLAT_ROWS = 65_536
 """Nodes of a part."""
 FLAT = pa.schema(
@@ -48,8 +52,8 @@ LEADS = pa.schema([("lead", pa.int64()), ("similarity", pa.float32())])
 
 
 def bytes_flat(num_nodes: int, dim: int) -> int:
-    """What the two files take."""
-    return num_nodes * (2 * dim + _code_length(dim))
+    """What the files take."""
+    return num_nodes * (2 * dim + _code_length(dim) + 8 * WORDS)
 
 
 def _code_length(dim: int) -> int:
@@ -77,7 +81,8 @@ class FlatStep(DeviceStep):
         return -(-len(self.nodes) // FLAT_ROWS)
 
     def info(self) -> dict[str, Any]:
-        return {"dim": self.nodes.vectors.dim}
+        dim = self.nodes.vectors.dim
+        return {"dim": dim, "sketched": helps(self.threshold, _code_length(dim))}
 
     def write_part(self, part: int, writer: PartWriter) -> None:
         start, stop = part * FLAT_ROWS, min((part + 1) * FLAT_ROWS, len(self.nodes))
@@ -87,6 +92,8 @@ class FlatStep(DeviceStep):
         codes = encode(values)
         _write_at(_path(self.out, "vectors"), values, start)
         _write_at(_path(self.out, "codes"), codes.values, start)
+        if self.info()["sketched"]:
+            _write_at(_path(self.out, "sketches"), sketches(codes.values), start)
         ball, near = np.full(len(values), -1, np.int32), np.zeros(len(values), np.float32)
         if self.hubs is not None and self.threshold < TAU:
             ball, near = balls(values, read_sample(self.hubs)[1], Multiplier(self.device), codes)
@@ -108,17 +115,19 @@ def _write_at(path: str, values: npt.NDArray[Any], row: int) -> None:
             os.close(file)
 
 
-def _mapped(path: str, dtype: Any, shape: tuple[int, int], access: int) -> npt.NDArray[Any]:
-    """A file as an array.
+def _mapped(path: str, dtype: Any, shape: tuple[int, int]) -> npt.NDArray[Any]:
+    """A file as an array, read here and there.
 
-    Codes are read in order, most of them each time. Vectors are read here and there, where candidates are scored:
-    told so, the system fetches one page for each, not 32, and does not crowd out the codes.
+    What of it is not in memory is fetched from end to end at once: page by page a disk takes twenty times as long. What
+    is crowded out later is fetched by the page, not by 32, so that it crowds out less.
     """
     # Copy-on-write, for arrays that are not writable would be another type to all that is compiled.
     held = np.memmap(path, dtype, "c", shape=shape)
     base = held.base
     if isinstance(base, mmap.mmap):
-        base.madvise(access)
+        with suppress(OSError):  # a system from before Linux 5.14
+            base.madvise(POPULATE_READ)
+        base.madvise(mmap.MADV_RANDOM)
     return np.asarray(held)
 
 
@@ -127,9 +136,14 @@ class Flat:
 
     def __init__(self, uri: str) -> None:
         self._set = ShardSet(uri)
-        count, dim = self._set.num_rows, int(self._set.manifest["info"]["dim"])
-        self.vectors = _mapped(_path(uri, "vectors"), np.float16, (count, dim), mmap.MADV_RANDOM)
-        self._codes = _mapped(_path(uri, "codes"), np.int8, (count, _code_length(dim)), mmap.MADV_NORMAL)
+        info = self._set.manifest["info"]
+        count, dim = self._set.num_rows, int(info["dim"])
+        self.vectors = _mapped(_path(uri, "vectors"), np.float16, (count, dim))
+        self._codes = _mapped(_path(uri, "codes"), np.int8, (count, _code_length(dim)))
+        self._sketches: npt.NDArray[np.uint64] | None = None
+        if info["sketched"]:
+            # Held, not mapped: numpy asks for large pages, without which most of a sketch's time is its address's.
+            self._sketches = np.fromfile(_path(uri, "sketches"), np.uint64).reshape(count, WORDS)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -145,7 +159,8 @@ class Flat:
     def rows(self, name: Int32) -> Rows:
         """All nodes as rows of a join, none of them copied; `name` is what its reductions call them."""
         codes = Codes(self._codes, self.column("error"), encode(self.vectors[:0]).scale)
-        return Rows(name, np.arange(len(self)), self.vectors, self.column("norm"), codes, self.column("ball"))
+        at, ball = np.arange(len(self)), self.column("ball")
+        return Rows(name, at, self.vectors, self.column("norm"), codes, ball, self._sketches)
 
 
 @dataclass

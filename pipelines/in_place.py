@@ -1,19 +1,17 @@
 """Step `pairs` of the partitioned join where vectors lie flat on this machine (`pipelines.flat`): nothing travels.
 
 A task compares what is stored in a range of one quantizer's lists. It holds 60 bytes a node to know whom it compares, 8
-bytes for each visit, and the forest, 128 bytes for each node that it meets; vectors and codes it maps. Its time grows
+bytes for each visit, and the forest, 48 bytes for each node that it meets; vectors and codes it maps. Its time grows
 with visits times the vectors stored in a list.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from curation.forest import Edges
-from curation.join import Join, Members, Rows, join_cells
+from curation.join import Join, Members, join_cells
 from curation.products import Multiplier
 from curation.scoring import compiled
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
@@ -28,8 +26,6 @@ Found = tuple[Int32, Int32]
 
 VISITS = 1 << 26
 """Visits of one task, about: vectors times lists joined, over the ranges that lists are cut into."""
-PIECE_VISITS = 1 << 20
-"""Visits to lists whose rows are copied side by side at once."""
 
 
 @dataclass
@@ -71,8 +67,7 @@ class InPlaceStep(PairsStep, DeviceStep):
             inside = name[hub[1]] >= 0
             reducer.forest.add(name[hub[0][inside]], name[hub[1][inside]], hub[2][inside])
         join = Join(self.threshold, reducer.all, Multiplier(self.device))
-        for rows, own, guests in _in_pieces(flat.rows(name), stored, visiting):
-            join_cells(join, rows, own, guests, among=self.keep_of != "best")
+        join_cells(join, flat.rows(name), stored, visiting, among=self.keep_of != "best")
         writer.write(edge_table(without(reducer.edges(), hub)), GROUP_ROWS)
         if part == 0:
             equal = np.flatnonzero((lead >= 0) & ~takes_part)
@@ -115,25 +110,6 @@ def _named(num_nodes: int, *met: npt.NDArray[np.integer]) -> tuple[Int64, Int32]
     numbers = np.flatnonzero(name == 0)
     name[numbers] = np.arange(len(numbers), dtype=np.int32)
     return numbers, name
-
-
-def _in_pieces(rows: Rows, stored: Members, visiting: Members) -> Iterator[tuple[Rows, Members, Members]]:
-    """Lists in pieces of about PIECE_VISITS, each with its rows side by side.
-
-    Lists next to each other share most of their visitors: these are fetched from afar once for all of them.
-    """
-    ends = stored.offsets + visiting.offsets
-    wanted = np.arange(0, ends[-1] + PIECE_VISITS, PIECE_VISITS)
-    cuts = np.unique(np.searchsorted(ends, np.minimum(wanted, ends[-1])))
-    place = np.empty(len(rows), np.int32)
-    for first, last in pairwise(cuts):
-        some = [members.rows[members.offsets[first] : members.offsets[last]] for members in (stored, visiting)]
-        near = np.sort(np.concatenate(some))  # np.unique hashes, which takes ten times as long
-        near = near[np.concatenate([[True], near[1:] != near[:-1]])[: len(near)]]
-        place[near] = np.arange(len(near), dtype=np.int32)
-        offsets = [members.offsets[first : last + 1] - members.offsets[first] for members in (stored, visiting)]
-        own, guests = (Members(*pair) for pair in zip(offsets, (place[held] for held in some), strict=True))
-        yield rows.take(near), own, guests
 
 
 def _by_list(found: list[Found], num_lists: int) -> Members:

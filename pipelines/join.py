@@ -5,8 +5,8 @@
 3. `pairs`: here the exact join, a part for each block of nodes; `pipelines.partitioned` and `pipelines.faiss_join` have
    the others. Every part reduces its own pairs before it writes them.
 
-The exact join holds two blocks with their codes (3 d bytes a vector) and 128 bytes a node for the forest; time grows
-with the square of the nodes.
+The exact join holds a block with its codes (3 d bytes a vector), a piece of another, and 48 bytes a node for the
+forest; time grows with the square of the nodes.
 """
 
 from collections.abc import Iterator
@@ -41,6 +41,8 @@ EDGES = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float
 JOIN_ROWS = 65_536
 """Nodes of a block of the exact join at most."""
 LEAST_JOIN_ROWS = 8_192
+PIECE_ROWS = 16_384
+"""Nodes of another block that are held at once."""
 JOIN_BLOCKS = 8
 """Blocks there are at least, as far as they do not become too small: what workers share."""
 SAMPLE_BLOCK = 16 * BLOCK_ROWS
@@ -224,14 +226,19 @@ class ExactStep(PairsStep, DeviceStep):
         if self.keep_of == "best":
             own = self._rows(*self._blocks(0, self.nodes.num_pool)[part], multiplier)
             for span in self._blocks(self.nodes.num_pool, len(self.nodes)):
-                join.between(own, self._rows(*span, multiplier))
+                self._meet(join, own, *span)
         else:
             spans = self._blocks(0, len(self.nodes))
             own = self._rows(*spans[part], multiplier, reducer.forest)
             join.among(own)
             for other in _others(part, len(spans)):
-                join.between(own, self._rows(*spans[other], multiplier))
+                self._meet(join, own, *spans[other])
         writer.write(edge_table(reducer.edges()), GROUP_ROWS)
+
+    def _meet(self, join: Join, own: Rows, start: int, stop: int) -> None:
+        """Compare `own` with another block, of which a piece is held at a time."""
+        for first in range(start, stop, PIECE_ROWS):
+            join.between(own, self._rows(first, min(first + PIECE_ROWS, stop), join.multiplier))
 
     def _rows(self, start: int, stop: int, multiplier: Multiplier, forest: Forest | None = None) -> Rows:
         """What is to be compared of a block; edges that stand for the rest go to `forest`."""

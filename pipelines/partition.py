@@ -1,6 +1,6 @@
 """Step `pairs` of the partitioned join where vectors travel: what one partition of one quantizer finds.
 
-A task holds its partition: vectors and codes (3 d bytes a vector), 128 bytes a vector for the forest, and four for each
+A task holds its partition: vectors and codes (3 d bytes a vector), 48 bytes a vector for the forest, and four for each
 visit. Its time grows with the vectors met: visits times the vectors stored in a cell.
 """
 
@@ -126,7 +126,7 @@ class PartitionStep(PairsStep, DeviceStep):
         offsets = np.searchsorted(home[:num_stored], np.arange(len(layout.partition) + 1))
         stored = Members(offsets, np.arange(num_stored, dtype=np.int32))
         visiting = visitors(lists[at], home, layout.first_cell, layout.num_cells, layout.partition == part)
-        x = replace(all_rows(held.values).take(at), ball=ball)
+        x = replace(all_rows(held.values).take(at), ball=ball).sketched(self.threshold)
         join_cells(join, x, stored, visiting, among=self.keep_of != "best")
         is_home: Bool = is_stored
         return is_home

@@ -26,7 +26,7 @@ from curation.hubs import balls
 from curation.layout import Layout, destinations, plan_layout
 from curation.partwise import fixed_size_lists, matrix, packed
 from curation.products import Multiplier
-from curation.quantizer import Quantizer, fit_quantizer, nearest_lists
+from curation.quantizer import SEARCHED, Quantizer, fit_quantizer, nearest_lists
 from curation.scoring import norms
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.executor import Needs
@@ -40,10 +40,12 @@ Float16 = npt.NDArray[np.float16]
 
 LIST_ROWS = 65_536
 """Nodes of a block that is given lists, or scattered, at a time."""
+POINTS_PER_LIST = 10
+"""Sampled vectors that a list is fitted on."""
 LAYOUT_SAMPLE = 65_536
 """Nodes whose lists tell how vectors spread over partitions."""
 LISTS_RANKED = 4
-"""At least so many lists are ranked for each one that is joined: small quantizers have few in an eighth of their cells.
+"""At least so many lists are ranked for each one that is joined: small quantizers have few in a quarter of their cells.
 All are where all are joined."""
 
 
@@ -55,6 +57,9 @@ def lists_type(count: int) -> pa.DataType:
 @dataclass
 class QuantizersStep(Step):
     """Part r: the centroids of quantizer r; coarse cells first (no `cell`), then lists, each with its cell.
+
+    Each is fitted on vectors of its own, where there are enough: on the same ones quantizers have more of their borders
+    in common, and twice as many pairs are missed.
 
     Members of hubs are left out of the sample, or most lists would lie in one hub; so are lists beyond what is left.
     """
@@ -74,7 +79,9 @@ class QuantizersStep(Step):
         return self.quantizers
 
     def write_part(self, part: int, writer: PartWriter) -> None:
-        _, values = read_sample(self.sample)
+        values = read_sample(self.sample)[1]
+        if len(values) >= POINTS_PER_LIST * self.num_lists * self.quantizers:
+            values = values[part :: self.quantizers]
         if self.hubs is not None:
             _, centers = read_sample(self.hubs)
             values = np.concatenate([values[balls(values, centers, Multiplier())[0] < 0], centers])
@@ -144,7 +151,7 @@ def _probes(quantizer: Quantizer, lists_joined: int) -> int:
     """Coarse cells whose lists are ranked."""
     num_coarse = len(quantizer.coarse)
     enough = -(-LISTS_RANKED * lists_joined * num_coarse // len(quantizer.fine))
-    return min(num_coarse, max(1, num_coarse // 8, enough))
+    return min(num_coarse, max(1, num_coarse // SEARCHED, enough))
 
 
 def read_lists(uri: str, part: int, number: int) -> Int32:

@@ -6,7 +6,7 @@ work that a benchmark timed; the accelerator's is an assumption. What is priced 
 
 from dataclasses import dataclass
 
-from curation.quantizer import default_num_coarse
+from curation.quantizer import SEARCHED, default_num_coarse
 from pipelines.engine import OPERATIONS_PER_SECOND
 from pipelines.partitioned import LISTS_RANKED
 
@@ -19,13 +19,17 @@ KMEANS_OPERATIONS_PER_SECOND = 3.6e11
 
 @dataclass(frozen=True)
 class Cost:
-    """One step: what it is of, int8 operations, bytes that travel to workers, bytes that one holds; None is unknown."""
+    """One step: what it is of, int8 operations, bytes that travel to workers, bytes that one holds; None is unknown.
+
+    A core's seconds follow from the operations, unless the step does something else on processors: then they are given.
+    """
 
     of: str
     step: str
     operations: float | None = 0
     moved: float | None = 0
     held: float | None = None
+    core_seconds: float | None = None
 
 
 COST_COLUMNS = ["step", "int8 operations", "core hours", "accelerator hours", "bytes moved", "a worker holds"]
@@ -35,7 +39,7 @@ REST_COLUMNS = ["figure", "value", "where from"]
 def centroids_ranked(num_lists: int, lists_joined: int) -> float:
     """Centroids that a vector is compared with under one quantizer, to find the lists nearest to it."""
     num_coarse = default_num_coarse(num_lists)
-    return num_coarse + min(num_lists, max(num_lists / 8, num_lists / num_coarse, LISTS_RANKED * lists_joined))
+    return num_coarse + min(num_lists, max(num_lists / SEARCHED, num_lists / num_coarse, LISTS_RANKED * lists_joined))
 
 
 def cost_cells(cost: Cost, rate: float = OPERATIONS_PER_SECOND) -> list[str | None]:
@@ -43,7 +47,8 @@ def cost_cells(cost: Cost, rate: float = OPERATIONS_PER_SECOND) -> list[str | No
     operations = cost.operations
     if operations is None:
         return [cost.step, "?", "?", "?", "?", "?"]
-    hours = [_hours(operations / each) for each in (rate, ACCELERATOR_OPERATIONS_PER_SECOND)]
+    core_seconds = operations / rate if cost.core_seconds is None else cost.core_seconds
+    hours = [_hours(seconds) for seconds in (core_seconds, operations / ACCELERATOR_OPERATIONS_PER_SECOND)]
     sizes = [size_text(size) if size else None for size in (cost.moved, cost.held)]
     return [cost.step, f"{operations:.1e}" if operations else None, *hours, *sizes]
 

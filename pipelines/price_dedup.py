@@ -4,8 +4,9 @@ Priced are the pools among themselves; what they and the references cost in the 
 less, since only representatives take part.
 """
 
+from curation.sieve import BITS
 from pipelines.engine import EXACT_AT_MOST, OPERATIONS_PER_SECOND, Engine, resolve
-from pipelines.join import block_rows
+from pipelines.join import PIECE_ROWS, block_rows
 from pipelines.price import COST_COLUMNS, REST_COLUMNS, Cost, centroids_ranked, cost_cells, rate_rows, vector_rows
 from pipelines.recipe import DedupSettings
 from pipelines.semdedup import SEMDEDUP_ENGINE, semdedup_engine
@@ -15,7 +16,10 @@ COPIES = 10
 """Partitions that a vector travels to under one quantizer: an assumption, since it depends on the vectors."""
 PARTITION_BYTES = 8
 """A worker's memory for each number of a vector of its partition: about 4 kB a vector of 512 (docs/benchmarks.md)."""
-EXACT_NODE_BYTES, IMAGE_BYTES = 128, 110
+PAIRS_PER_SECOND = 8e8
+"""That one core compares where they meet in lists, sieve and all: pairs over the CPU seconds of step `pairs` of ten
+million vectors (docs/benchmarks.md). An accelerator multiplies in place of counting bits."""
+EXACT_NODE_BYTES, IMAGE_BYTES = 48, 110
 """Bytes an image: of the forest in each worker of the exact join; of the one task that finds components."""
 
 
@@ -39,8 +43,9 @@ def dedup_costs(settings: DedupSettings, num_images: int, dim: int) -> list[Cost
 
 
 def _exact_bytes(num_images: int, dim: int) -> int:
-    """Two blocks of vectors with their codes, and the forest."""
-    return 2 * min(block_rows(num_images), num_images) * 3 * dim + EXACT_NODE_BYTES * num_images
+    """A block of vectors with their codes, a piece of another, and the forest."""
+    rows = min(block_rows(num_images), num_images) + min(PIECE_ROWS, num_images)
+    return rows * 3 * dim + EXACT_NODE_BYTES * num_images
 
 
 def _partitioned(engine: Engine, num_images: int, dim: int) -> list[Cost]:
@@ -50,15 +55,18 @@ def _partitioned(engine: Engine, num_images: int, dim: int) -> list[Cost]:
     visits = num_images * quantizers
     rows = engine.values["partition_rows"]
     moved = visits * min(COPIES, joined) * 2 * dim if num_images > rows else 0
+    pairs = visits * joined * num_images / num_lists
+    seconds = pairs / PAIRS_PER_SECOND if dim >= BITS else None
     return [
         Cost(engine.name, "lists", visits * centroids_ranked(num_lists, joined) * 2 * dim),
         Cost(engine.name, "scatter", 0, moved),
         Cost(
             engine.name,
             "joins",
-            visits * joined * num_images / num_lists * 2 * dim,
+            pairs * 2 * dim,
             0,
             min(num_images, rows) * PARTITION_BYTES * dim,
+            seconds,
         ),
     ]
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from curation import storage
-from pipelines.engine import LISTS_PER_ROOT, MAX_LISTS, OPERATIONS_PER_SECOND, POINTS_PER_LIST, Engine
+from pipelines.engine import MAX_LISTS, OPERATIONS_PER_SECOND, Engine
 from pipelines.join import SampleStep
 from pipelines.near import CompareStep, KeptNodes
 from pipelines.near_lists import MeetStep, Ranges, TravelStep
 from pipelines.nodes import Nodes
-from pipelines.partitioned import ListsStep, QuantizersStep
+from pipelines.partitioned import POINTS_PER_LIST, ListsStep, QuantizersStep
 from pipelines.recipe import RetrieveSettings
 from pipelines.retrieve_recall import RetrievalRecallStep
 from pipelines.unit import Step
@@ -19,6 +19,8 @@ EXACT_PAIRS = 10**12
 """Queries times pool images up to which `auto` compares all: at dimension 512 three quarters of an hour of one core.
 
 Neighbors that are no near-copies lie in many lists: to find 99 % of them can take most, and then all cost less."""
+LISTS_PER_ROOT = 12
+"""Lists for each root of the number of pool images."""
 PAIRS_PER_SECOND = OPERATIONS_PER_SECOND / 2
 """Pairs that one core compares, times dimension: a join of n vectors compares half of n**2."""
 
@@ -90,7 +92,7 @@ class Search:
             return [compared], compared.out
         values, device = engine.values, _device(engine)
         m, asked = values["lists_joined"], Nodes([self.queries], [])
-        size = max(POINTS_PER_LIST * values["num_lists"], 1)
+        size = max(POINTS_PER_LIST * values["num_lists"] * values["quantizers"], 1)
         sample = SampleStep(*self._at("sample"), self.pool, size, self.seed, "retrieve")
         fitted = QuantizersStep(
             *self._at("quantizers"), sample.out, values["num_lists"], values["quantizers"], self.seed

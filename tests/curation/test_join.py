@@ -1,4 +1,7 @@
+"""Joins in memory find exactly the pairs that they are to compare, and their forest."""
+
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,12 +9,14 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from curation import hubs
+from curation.codes import encode
 from curation.components import spanning_forest
 from curation.errors import LvdError
 from curation.forest import Edges, Forest
 from curation.join import Best, Join, Members, Rows, join_cells, rows_of, unique, visitors
 from curation.products import Multiplier
 from curation.scoring import cosine_pairs
+from curation.sieve import passes, sketches
 
 NUM_ROWS = 3000
 
@@ -395,13 +400,16 @@ def test_nobody_visits() -> None:
     assert len(visiting.rows) == 0
 
 
-def join_partition(join: Join, x: np.ndarray, t: Travel, wanted: np.ndarray, among: bool = True) -> None:
+def join_partition(
+    join: Join, x: np.ndarray, t: Travel, wanted: np.ndarray, among: bool = True, ball: np.ndarray | None = None
+) -> None:
     """Join inside the wanted cells."""
     rows = np.flatnonzero(wanted[t.home])
     rows = rows[np.argsort(t.home[rows], kind="stable")].astype(np.int32)
     offsets = np.concatenate(([0], np.cumsum(np.bincount(t.home[rows], minlength=len(wanted)))))
     visiting = visitors(t.lists, t.home, t.first_cell, t.num_cells, wanted)
-    join_cells(join, rows_of(np.arange(len(x)), x), Members(offsets, rows), visiting, among)
+    x_rows = rows_of(np.arange(len(x)), x, ball).sketched(join.threshold)
+    join_cells(join, x_rows, Members(offsets, rows), visiting, among)
 
 
 def expected_visits(t: Travel) -> set[tuple[int, int]]:
@@ -443,3 +451,42 @@ def test_join_cells_can_leave_out_what_is_stored_together(multiplier: Multiplier
     a, b, _ = found.pairs()
     expected = {(i, j) for i, j in expected_visits(t) if t.home[i] != t.home[j]}
     assert set(zip(a.tolist(), b.tolist(), strict=True)) == expected
+
+
+class Elsewhere:
+    """Multiplies as `multiplier` does, as if it did so on another device."""
+
+    device = SimpleNamespace(type="elsewhere")
+
+    def __init__(self, multiplier: Multiplier) -> None:
+        self.candidates, self.gathered = multiplier.candidates, multiplier.gathered
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+@pytest.mark.parametrize("among", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_join_cells_compares_what_passes_the_sieve(
+    seed: int, among: bool, is_elsewhere: bool, multiplier: Multiplier
+) -> None:
+    """On every device, with hubs or without: who meets, scores above the threshold and differs in few bits."""
+    rng = np.random.default_rng(seed)
+    t = travel(rng, 240, 9, 4)
+    weight = rng.uniform(0.765, 0.79, (240, 1))  # of one family, most of them about 0.6 alike
+    center = rng.standard_normal(512)
+    x = (weight * center + np.sqrt(1 - weight**2) * rng.standard_normal((240, 512))).astype(np.float16)
+    ball = np.full(240, -1, np.int32)
+    ball[rng.permutation(240)[:20]] = 0
+    found, threshold = Everything(), 0.6
+    join = Join(threshold, [found], Elsewhere(multiplier) if is_elsewhere else multiplier)  # type: ignore[arg-type]
+    join.most_bits -= 15  # so that it drops what it seldom does
+    join_partition(join, x, t, np.ones(int(t.num_cells.sum()), dtype=bool), among, ball)
+    a, b = (np.asarray(end) for end in zip(*sorted(expected_visits(t)), strict=True))
+    if not among:
+        a, b = a[t.home[a] != t.home[b]], b[t.home[a] != t.home[b]]
+    sketch = sketches(encode(x).values)
+    passed = passes(sketch[a], sketch[b], join.most_bits)
+    above = (cosine_pairs(x, a, x, b) > np.float32(threshold)) & ((ball[a] < 0) | (ball[b] < 0))
+    expected = set(zip(a[above & passed].tolist(), b[above & passed].tolist(), strict=True))
+    i, j, _ = found.pairs()
+    assert set(zip(i.tolist(), j.tolist(), strict=True)) == expected
+    assert (above & ~passed).any() and len(expected) > 500

@@ -63,7 +63,7 @@ def slow_lists(x: np.ndarray, quantizer: Quantizer, m: int, probes: int) -> np.n
 @pytest.mark.parametrize("dim", [8, 24, 128])
 def test_nearest_lists_are_exactly_those(dim: int, seed: int, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks == "small":
-        for name, size in (("COARSE_BLOCK", 17), ("FINE_BLOCK", 60), ("ROOM", 2)):
+        for name, size in (("STEP_ROWS", 17), ("HELD_PRODUCTS", 1), ("LISTS_BLOCK", 60)):
             monkeypatch.setattr(quantizer_module, name, size)
     rng = np.random.default_rng(seed)
     quantizer = random_quantizer(rng, 24, dim)
@@ -84,9 +84,9 @@ def test_all_lists_are_searched_in_order_of_one_ranking() -> None:
     np.testing.assert_array_equal(nearest_lists(encode(x), quantizer, 7, 99), ranking[:, :7])
 
 
-def test_an_eighth_of_the_cells_is_searched_by_default() -> None:
+def test_a_quarter_of_the_cells_is_searched_by_default() -> None:
     rng = np.random.default_rng(6)
-    for num_coarse, probes in ((33, 4), (8, 1), (3, 1), (1, 1)):
+    for num_coarse, probes in ((33, 8), (8, 2), (3, 1), (1, 1)):
         quantizer, x = random_quantizer(rng, num_coarse, 8), vectors(rng, 40, 8)
         np.testing.assert_array_equal(nearest_lists(encode(x), quantizer, 6), slow_lists(x, quantizer, 6, probes))
 
@@ -120,7 +120,7 @@ def assert_sound(quantizer: Quantizer, num_coarse: int, num_lists: int, dim: int
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("num_lists", "num_coarse"), [(1, 1), (2, 2), (7, 4), (100, 16), (300, 32)])
+@pytest.mark.parametrize(("num_lists", "num_coarse"), [(1, 1), (2, 1), (7, 1), (100, 4), (300, 8)])
 def test_fit_gives_exactly_the_lists(num_lists: int, num_coarse: int, seed: int) -> None:
     x = vectors(np.random.default_rng(seed), 400, 16)
     assert_sound(fit_quantizer(x, num_lists, seed=seed, threads=1), num_coarse, num_lists, 16)
@@ -179,7 +179,7 @@ def test_fit_repeats_itself_on_any_number_of_threads() -> None:
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     x = np.concatenate((np.eye(8), np.zeros((4, 8)))).astype(np.float16)
-    assert_sound(fit_quantizer(x, 8, seed=0, threads=1), 4, 8, 8)
+    assert_sound(fit_quantizer(x, 8, seed=0, threads=1), 1, 8, 8)
     with pytest.raises(ConfigError, match=r"quantizer of 9 lists .* the sample has 8 usable ones"):
         fit_quantizer(x, 9, seed=0, threads=1)
     for num_coarse in (0, 5):
@@ -190,5 +190,5 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 
 
 def test_default_number_of_coarse_cells() -> None:
-    given = {1: 1, 2: 2, 3: 3, 7: 4, 64: 16, 1_024: 64, 4_096: 128, 16_384: 256, 65_536: 512}
+    given = {0: 0, 1: 1, 7: 1, 16: 2, 64: 4, 1_024: 16, 4_096: 32, 16_384: 64, 65_536: 128}
     assert {num_lists: default_num_coarse(num_lists) for num_lists in given} == given

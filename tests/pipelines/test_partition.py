@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation import hubs
+from curation import hubs, sieve
+from curation.codes import encode
 from curation.shards import ShardSet
 from pipelines import flat, in_place, join, partitioned, unit
 from pipelines.executor import LocalExecutor, Needs, Outcome, RayExecutor
@@ -93,6 +94,25 @@ def test_pairs_meet_where_their_lists_say(
     layout = read_layout(working(tmp_path, "layout").uri, 0)
     assert (layout.num_partitions > 1) == (partition_rows < 150)
     assert (layout.num_cells > 1).any() == (partition_rows == 11)
+
+
+@pytest.mark.usefixtures("_small_blocks", "_working_sets_stay")
+@pytest.mark.parametrize("partition_rows", [None, 1000, 60])
+def test_long_vectors_go_through_the_sieve_wherever_they_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition_rows: int | None
+) -> None:
+    """In place and scattered the same pairs: those that meet and differ in few bits, here fewer than as a rule."""
+    monkeypatch.setattr(sieve, "DEVIATIONS", 0.0)
+    world = make_world(tmp_path, 5, pool_sizes=(90, 60), num_families=20, dim=512)
+    settings = lists_of(12, 2, quantizers=2, **travelling(partition_rows))
+    execute(dedup_unit(tmp_path, world, references=[], join=settings, threshold=0.83))
+    x = np.stack([world.vector[i] for ids in world.pools.values() for i in ids])
+    bits, meet = sieve.sketches(encode(x).values), met(tmp_path, 2)
+    pairs = [(a, b, s) for a, b, s in all_pairs(world, 0.83) if meet(a, b)]
+    passed = sieve.passes(*(bits[[pair[end] for pair in pairs]] for end in (0, 1)), sieve.most_bits(0.83))
+    expected = [pair for pair, kept in zip(pairs, passed, strict=True) if kept]
+    check_forest(stored_forest(tmp_path), expected, 150)
+    assert maximum_forest(expected, 150) != maximum_forest(pairs, 150)
 
 
 def planted_hub(tmp_path: Path, seed: int, settings: JoinSettings, threshold: float = 0.9) -> tuple[Any, int]:
