@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.codes import Codes, allowances, at_most, cutoffs, encode
-from curation.forest import Edges
+from curation.forest import Edges, Forest
 from curation.hubs import TAU, balls, content_hash, leaders
 from curation.products import Found, Multiplier
 from curation.scoring import Vectors, compiled, cosine_pairs, norms
@@ -172,6 +172,15 @@ class Join:
             return found
         passed = passes(x.sketches[i], y.sketches[j], self.most_bits)
         return i[passed], j[passed], product[passed]
+
+    def sieved(
+        self, x: Rows, guests: Int32, own: Int32, cutoff: Int32, allowance: Int32, upper: bool = False
+    ) -> Iterator[Found]:
+        """Candidates among rows of `x` that have sketches; see `sieve.sieved`."""
+        assert x.sketches is not None
+        lone = self._reductions[0] if len(self._reductions) == 1 else None
+        forest = lone if isinstance(lone, Forest) else None
+        return sieved(x.sketches, x.codes, guests, own, self.most_bits, cutoff, allowance, upper, x.nodes, forest)
 
     def offer(self, x: Rows, y: Rows, i: Int32, j: Int32, product: Int32) -> None:
         """Score candidates (row of `x`, row of `y`) with these products of codes, as far as reductions want it.
@@ -359,17 +368,16 @@ def _met(
     join: Join, x: Rows, guests: Int32, own: Int32, cutoff: Int32, allowance: Int32, among: bool
 ) -> Iterator[Found]:
     """Candidates of one cell without hubs: rows of `x` and products of codes."""
-    codes, sketch = x.codes.values, x.sketches
-    if sketch is not None and join.multiplier.device.type == "cpu":
-        yield from sieved(sketch, codes, guests, own, join.most_bits, cutoff, allowance)
+    if x.sketches is not None and join.multiplier.device.type == "cpu":
         if among:
-            yield from sieved(sketch, codes, own, own, join.most_bits, cutoff, allowance, upper=True)
+            yield from join.sieved(x, own, own, cutoff, allowance, upper=True)
+        yield from join.sieved(x, guests, own, cutoff, allowance)
         return
     if among and len(own) <= SMALL_CELL:
         guests = np.concatenate([guests, own])
     elif among:
         join.among(x.take(own))
-    for found in join.multiplier.gathered(codes, guests, own, cutoff, allowance):
+    for found in join.multiplier.gathered(x.codes.values, guests, own, cutoff, allowance):
         yield join.sifted(x, x, found)
 
 

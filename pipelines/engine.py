@@ -23,7 +23,7 @@ from pipelines.unit import Step
 EXACT_UP_TO = 1_000_000
 """Nodes up to which `auto` joins exactly: at dimension 512 that is less than half an hour of one core."""
 EXACT_AT_MOST = 16_000_000
-"""Nodes that the exact engine takes: its forest holds 48 bytes a node in every worker."""
+"""Nodes that the exact engine takes: its forest holds 128 bytes a node in every worker."""
 OPERATIONS_PER_SECOND = 3.8e11
 """Of one core: n**2 d over the CPU seconds of the exact join of 200,000 vectors (docs/benchmarks.md)."""
 VECTORS_PER_LIST, LISTS_PER_ROOT = 64, 6

@@ -3,7 +3,7 @@
 1. `index`: one task trains the index on the sample, adds every node that takes part, and stores it.
 2. `pairs`: part i asks the index for the k nearest of each node of block i, scores them, and reduces the pairs.
 
-A worker holds the index (for `IVF4096,PQ64` about 80 bytes a node), one block, and 48 bytes a node for the forest.
+A worker holds the index (for `IVF4096,PQ64` about 80 bytes a node), one block, and 128 bytes a node for the forest.
 Copies beyond the k nearest are not found, and those that the index's codes hide are not, either.
 """
 

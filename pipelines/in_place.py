@@ -1,7 +1,7 @@
 """Step `pairs` of the partitioned join where vectors lie flat on this machine (`pipelines.flat`): nothing travels.
 
 A task compares what is stored in a range of one quantizer's lists. It holds 60 bytes a node to know whom it compares, 8
-bytes for each visit, and the forest, 48 bytes for each node that it meets; vectors and codes it maps. Its time grows
+bytes for each visit, and the forest, 128 bytes for each node that it meets; vectors and codes it maps. Its time grows
 with visits times the vectors stored in a list.
 """
 

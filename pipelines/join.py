@@ -5,7 +5,7 @@
 3. `pairs`: here the exact join, a part for each block of nodes; `pipelines.partitioned` and `pipelines.faiss_join` have
    the others. Every part reduces its own pairs before it writes them.
 
-The exact join holds a block with its codes (3 d bytes a vector), a piece of another, and 48 bytes a node for the
+The exact join holds a block with its codes (3 d bytes a vector), a piece of another, and 128 bytes a node for the
 forest; time grows with the square of the nodes.
 """
 

@@ -1,6 +1,6 @@
 """Step `pairs` of the partitioned join where vectors travel: what one partition of one quantizer finds.
 
-A task holds its partition: vectors and codes (3 d bytes a vector), 48 bytes a vector for the forest, and four for each
+A task holds its partition: vectors and codes (3 d bytes a vector), 128 bytes a vector for the forest, and four for each
 visit. Its time grows with the vectors met: visits times the vectors stored in a cell.
 """
 

@@ -19,7 +19,7 @@ PARTITION_BYTES = 8
 PAIRS_PER_SECOND = 8e8
 """That one core compares where they meet in lists, sieve and all: pairs over the CPU seconds of step `pairs` of ten
 million vectors (docs/benchmarks.md). An accelerator multiplies in place of counting bits."""
-EXACT_NODE_BYTES, IMAGE_BYTES = 48, 110
+EXACT_NODE_BYTES, IMAGE_BYTES = 128, 110
 """Bytes an image: of the forest in each worker of the exact join; of the one task that finds components."""
 
 

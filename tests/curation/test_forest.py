@@ -12,7 +12,7 @@ BASE = 0.6
 
 def below_one(rng: np.random.Generator, num_edges: int) -> np.ndarray:
     """Scores above the base: many equal, many at a few of the forest's own levels and next to them, many near 1."""
-    levels = rng.choice(Forest(1, BASE)._levels[1:], 3)
+    levels = rng.choice(Forest(1, BASE).levels[1:], 3)
     choices = np.concatenate((levels, np.nextafter(levels, np.float32(2)), np.nextafter(levels, np.float32(0))))
     score = rng.choice(np.append(choices, np.float32([0.61, 0.7, 0.9, 1.0])), num_edges)
     fresh = rng.random(num_edges) < rng.choice([0.1, 0.4])
@@ -150,11 +150,11 @@ def test_a_pair_is_decided_where_its_ends_connect_above_the_next_level(seed: int
     edges = random_graph(rng, num_nodes)
     into = Forest(num_nodes, BASE)
     into.add(*edges)
-    assert into._levels[0] == np.float32(BASE)
+    assert into.levels[0] == np.float32(BASE)
     a, b = (side.ravel() for side in np.indices((num_nodes, num_nodes)))
-    for bound in np.concatenate((into._levels, below_one(rng, 40), np.float32([0.5, 1.5]))):
+    for bound in np.concatenate((into.levels, below_one(rng, 40), np.float32([0.5, 1.5]))):
         left = into.undecided(a, b, np.full(len(a), bound, dtype=np.float32))
-        levels = into._levels[into._levels >= bound]
+        levels = into.levels[into.levels >= bound]
         labels = labels_above(num_nodes, edges, levels[0]) if len(levels) else np.arange(num_nodes)
         np.testing.assert_array_equal(left, (labels[a] != labels[b]) if len(levels) else True)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from curation import sieve
-from curation.codes import allowances, cutoffs, encode
-from curation.scoring import popcount
+from curation.codes import allowances, at_most, cutoffs, encode
+from curation.forest import Forest
+from curation.scoring import cosine_pairs, popcount
 from curation.sieve import BITS, WORDS, helps, most_bits, passes, sieved, sketches
 
 
@@ -58,7 +59,7 @@ def test_what_passes_is_what_few_bits_and_the_codes_say(
     own = np.sort(rng.permutation(700)[:300]).astype(np.int32)
     guests = own if upper else rng.permutation(700)[:150].astype(np.int32)
     most = most_bits(threshold)
-    pieces = list(sieved(sketch, codes.values, guests, own, most, cutoff, allowance, upper))
+    pieces = list(sieved(sketch, codes, guests, own, most, cutoff, allowance, upper))
     found = {(int(i), int(j)): int(p) for piece in pieces for i, j, p in zip(*piece, strict=True)}
     wide = codes.values.astype(np.int64)
     expected = {
@@ -74,11 +75,30 @@ def test_what_passes_is_what_few_bits_and_the_codes_say(
     assert sum(len(piece[0]) for piece in pieces) == len(found)  # each once
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_forest_only_pairs_that_may_be_its_edges_are_told(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = families(rng, 300, 512)
+    codes, threshold, names = encode(x), 0.5, rng.permutation(300)
+    cutoff, allowance = cutoffs(threshold, codes), allowances(codes, float(codes.error.max()))
+    every, forest = np.arange(300, dtype=np.int32), Forest(300, threshold)
+    given = sketches(codes.values), codes, every, every, most_bits(threshold), cutoff, allowance, True
+    ((i, j, product),) = sieved(*given)
+    some = rng.random(len(i)) < 0.5
+    score = cosine_pairs(x, i[some], x, j[some])
+    above = score > np.float32(threshold)
+    forest.add(names[i[some][above]], names[j[some][above]], score[above])
+    expected = forest.undecided(names[i], names[j], at_most(product, codes.error[i], codes.error[j], codes.scale))
+    ((a, b, _),) = sieved(*given, names, forest)
+    assert list(zip(a, b, strict=True)) == list(zip(i[expected], j[expected], strict=True))
+    assert 0 < expected.sum() < len(i) / 2
+
+
 def test_nothing_meets_nothing() -> None:
     codes = encode(families(np.random.default_rng(0), 5, 512))
     some, none, bound = np.arange(5, dtype=np.int32), np.zeros(0, np.int32), np.zeros(5, np.int32)
     for guests, own in ((some, none), (none, some), (none, none)):
-        assert not list(sieved(sketches(codes.values), codes.values, guests, own, BITS, bound, bound))
+        assert not list(sieved(sketches(codes.values), codes, guests, own, BITS, bound, bound))
 
 
 def pairs_at(rng: np.random.Generator, cosine: float, count: int, dim: int) -> tuple[np.ndarray, np.ndarray]:

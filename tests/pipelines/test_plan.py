@@ -137,7 +137,7 @@ def test_dedup_is_priced_by_the_products_that_it_takes() -> None:
     assert costs["partitioned scatter"].moved == 3200 * 2 * 2 * 20  # two lists lie in two partitions at most
     assert costs["partitioned joins"].held == 1000 * 80
     assert costs["any components"].held == 3200 * 110
-    assert costs["exact join"].held == 2 * 3200 * 30 + 3200 * 48
+    assert costs["exact join"].held == 2 * 3200 * 30 + 3200 * 128
 
 
 def test_many_lists_joined_travel_ten_times_and_small_sets_not_at_all() -> None:
