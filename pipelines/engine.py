@@ -26,9 +26,8 @@ EXACT_AT_MOST = 16_000_000
 """Nodes that the exact engine takes: its forest holds 128 bytes a node in every worker."""
 OPERATIONS_PER_SECOND = 3.8e11
 """Of one core: n**2 d over the CPU seconds of the exact join of 200,000 vectors (docs/benchmarks.md)."""
-VECTORS_PER_LIST, LISTS_PER_ROOT = 64, 6
-"""Vectors of a list, and where that would be more lists than 6 for each root of the number of nodes, as many: ranking
-lists and comparing what they store then grow alike."""
+VECTORS_PER_LIST = 512
+"""Of lists this long a sieve drops most in a few cycles a pair; shorter ones take longer to rank than to compare."""
 LISTS_JOINED = 40
 LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 3, 1
 """More nodes have more borders between those alike (docs/benchmarks.md)."""
@@ -79,8 +78,7 @@ def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:
 
 
 def _partitioned(settings: JoinSettings, num_nodes: int) -> dict[str, Any]:
-    wanted = min(num_nodes / VECTORS_PER_LIST, LISTS_PER_ROOT * math.sqrt(num_nodes))
-    near = 2 ** round(math.log2(max(1, wanted)))
+    near = 2 ** round(math.log2(max(1, num_nodes / VECTORS_PER_LIST)))
     num_lists = settings.num_lists or min(max(1, near), MAX_LISTS)
     tenfolds = math.log10(max(1, num_nodes / EXACT_UP_TO))
     return {

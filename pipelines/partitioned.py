@@ -47,6 +47,8 @@ LAYOUT_SAMPLE = 65_536
 LISTS_RANKED = 4
 """At least so many lists are ranked for each one that is joined: small quantizers have few in a quarter of their cells.
 All are where all are joined."""
+LEAST_RANKED = 2_048
+"""Lists that are ranked at least, or all there are: so few are ranked as fast as those of chosen cells."""
 
 
 def lists_type(count: int) -> pa.DataType:
@@ -150,7 +152,7 @@ def lists_column(number: int) -> str:
 def _probes(quantizer: Quantizer, lists_joined: int) -> int:
     """Coarse cells whose lists are ranked."""
     num_coarse = len(quantizer.coarse)
-    enough = -(-LISTS_RANKED * lists_joined * num_coarse // len(quantizer.fine))
+    enough = -(-max(LISTS_RANKED * lists_joined, LEAST_RANKED) * num_coarse // len(quantizer.fine))
     return min(num_coarse, max(1, num_coarse // SEARCHED, enough))
 
 

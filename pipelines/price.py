@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from curation.quantizer import SEARCHED, default_num_coarse
 from pipelines.engine import OPERATIONS_PER_SECOND
-from pipelines.partitioned import LISTS_RANKED
+from pipelines.partitioned import LEAST_RANKED, LISTS_RANKED
 
 ACCELERATOR_OPERATIONS_PER_SECOND = 5e14
 """Of one data-center accelerator, sustained: an assumption."""
@@ -39,7 +39,10 @@ REST_COLUMNS = ["figure", "value", "where from"]
 def centroids_ranked(num_lists: int, lists_joined: int) -> float:
     """Centroids that a vector is compared with under one quantizer, to find the lists nearest to it."""
     num_coarse = default_num_coarse(num_lists)
-    return num_coarse + min(num_lists, max(num_lists / SEARCHED, num_lists / num_coarse, LISTS_RANKED * lists_joined))
+    ranked = min(
+        num_lists, max(num_lists / SEARCHED, num_lists / num_coarse, LISTS_RANKED * lists_joined, LEAST_RANKED)
+    )
+    return ranked if ranked == num_lists else num_coarse + ranked
 
 
 def cost_cells(cost: Cost, rate: float = OPERATIONS_PER_SECOND) -> list[str | None]:

@@ -127,11 +127,11 @@ def priced(settings: DedupSettings, num_images: int, dim: int = 512) -> dict[str
 
 
 def test_dedup_is_priced_by_the_products_that_it_takes() -> None:
-    """Two quantizers of 16 lists in 2 coarse cells: 4 lists are ranked at least for each one joined."""
+    """Two quantizers of 16 lists, all of which are ranked."""
     join = JoinSettings(num_lists=16, lists_joined=2, quantizers=2, partition_rows=1000, recall_sample=50)
     costs = priced(DedupSettings(join=join), 3200, dim=10)
     assert costs["exact join"].operations == sum(2 * 10 * (3200 - i) for i in range(3200)) - 3200 * 10
-    assert costs["partitioned lists"].operations == 3200 * 2 * (2 + 8) * 20
+    assert costs["partitioned lists"].operations == 3200 * 2 * 16 * 20
     assert costs["partitioned joins"].operations == 3200 * 2 * (2 * 3200 / 16) * 20
     assert costs["partitioned recall"].operations == 50 * 3200 * 20
     assert costs["partitioned scatter"].moved == 3200 * 2 * 2 * 20  # two lists lie in two partitions at most
