@@ -18,6 +18,7 @@ from trainer.step import Metrics
 FILE = "metrics.jsonl"
 SECONDS_A_LINE = 30.0
 """Between lines where there is no terminal."""
+NO_BOARD = f"no TensorBoard here, so {FILE} alone has the numbers; pip install 'lvd-builder[tensorboard]' brings it"
 
 
 class Reading:
@@ -83,7 +84,9 @@ class Log:
             return self
         drop_after(self._run / FILE, self._begin)
         self._file = (self._run / FILE).open("a")
-        self._board = _tensorboard(self._run)
+        self._board = _tensorboard(self._run, self._begin)
+        if self._board is None:
+            self.say(NO_BOARD)
         if sys.stderr.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=Console(stderr=True))
@@ -114,7 +117,7 @@ class Log:
         if not self._active:
             return
         self._write(done, numbers)
-        self._say(f"step {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        self.say(f"step {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         self._last_time = self._clock()
 
     def _write(self, done: int, numbers: dict[str, float]) -> None:
@@ -131,9 +134,12 @@ class Log:
         elif self._clock() - self._last_line >= SECONDS_A_LINE or done == self._steps:
             self._last_line = self._clock()
             left = (self._steps - done) * self._images / max(rate, 1e-9)
-            self._say(f"step {done}/{self._steps}  {text}  {_duration(left)} left")
+            self.say(f"step {done}/{self._steps}  {text}  {_duration(left)} left")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Show a line."""
+        if not self._active:
+            return
         if self._bar is not None:
             self._bar.console.print(line, highlight=False)
         else:
@@ -160,10 +166,10 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _tensorboard(run: Path) -> Any:
-    """A writer where TensorBoard is installed."""
+def _tensorboard(run: Path, begin: int) -> Any:
+    """A writer where TensorBoard is installed; what it shows of steps after `begin` is dropped."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter(str(run / "tensorboard"), purge_step=begin + 1)

@@ -81,7 +81,7 @@ def test_what_a_run_leaves(whole_run: Path) -> None:
 def test_interrupted_and_resumed_equals_not_interrupted(at: int, images: Path, whole_run: Path, tmp_path: Path) -> None:
     workers = "data.workers=1" if at == 2 else "data.workers=0"
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(PartialError, match=f"stopped after {at} of 6 steps; run again with resume"):
+    with pytest.raises(PartialError, match=f"stopped after {at} of 6 steps, which are saved in"):
         train(of(images), tmp_path, device="cpu", evaluate=Interrupter(at))
     assert signal.getsignal(signal.SIGINT) is handler
     torch.manual_seed(99)
