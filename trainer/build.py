@@ -137,7 +137,7 @@ def make_schedules(settings: "TrainSettings", images_per_step: int) -> Schedules
         steps=schedule.steps,
         global_batch=images_per_step,
         base_lr=optimizer.base_lr,
-        warmup_steps=schedule.warmup,
+        warmup_steps=schedule.in_steps(schedule.warmup),
         final_lr=optimizer.min_lr,
         weight_decay=optimizer.weight_decay[0],
         final_weight_decay=optimizer.weight_decay[1],
@@ -145,8 +145,8 @@ def make_schedules(settings: "TrainSettings", images_per_step: int) -> Schedules
         final_momentum=schedule.momentum[1],
         warmup_teacher_temperature=loss.teacher_temperature[0],
         teacher_temperature=loss.teacher_temperature[1],
-        teacher_temperature_steps=loss.teacher_temperature_warmup,
-        freeze_last_layer_steps=schedule.freeze_last_layer,
+        teacher_temperature_steps=schedule.in_steps(loss.teacher_temperature_warmup),
+        freeze_last_layer_steps=schedule.in_steps(schedule.freeze_last_layer),
     )
 
 

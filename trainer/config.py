@@ -25,6 +25,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Span = Count | Annotated[float, Field(gt=0, lt=1)]
+"""A number of steps, or a share of all steps of the run: shares go along where `schedule.steps` is changed."""
 Scale = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 
 RUNTIME = re.compile(
@@ -136,12 +138,12 @@ class LossSettings(Settings):
     centering: Literal["softmax", "sinkhorn"] = "softmax"
     student_temperature: PositiveFloat = 0.1
     teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
-    teacher_temperature_warmup: Count = 37_500
+    teacher_temperature_warmup: Span = 37_500
     center_momentum: Rate = 0.9
 
 
 class OptimizerSettings(Settings):
-    """AdamW. The learning rate is `base_lr` x sqrt(images a step / 1024); `min_lr` is where its cosine ends.
+    """AdamW. The learning rate is `base_lr` x sqrt(images a step / 1024); its cosine ends at `min_lr`, null for none.
 
     `weight_decay` goes by a cosine from the first value to the second. `clip` bounds the gradient's norm of backbone,
     DINO head and iBOT head each. Block by block from the last, rates shrink by `layerwise_decay`; those of the patch
@@ -149,7 +151,7 @@ class OptimizerSettings(Settings):
     """
 
     base_lr: PositiveFloat = 4e-3
-    min_lr: NonNegative = 1e-6
+    min_lr: NonNegative | None = 1e-6
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
     clip: PositiveFloat = 3.0
@@ -160,21 +162,26 @@ class OptimizerSettings(Settings):
 class ScheduleSettings(Settings):
     """Numbers of steps: of the run, of the learning rate's warm-up, and that last layers stay frozen at first.
 
+    The last two, and `loss.teacher_temperature_warmup`, may be shares of `steps`, such as 0.1.
     The first `heads_only` steps train the heads alone; left out, none, and twice `freeze_last_layer` where a run starts
     from weights without heads. `momentum` of the moving average goes by a cosine from the first value to the second.
     """
 
     steps: Positive = 125_000
-    warmup: Count = 12_500
-    freeze_last_layer: Count = 1250
+    warmup: Span = 12_500
+    freeze_last_layer: Span = 1250
     heads_only: Count | None = None
     momentum: tuple[Fraction, Fraction] = (0.992, 1.0)
 
     @model_validator(mode="after")
     def _within(self) -> "ScheduleSettings":
         if self.warmup > self.steps:
-            raise ValueError(f"warmup {self.warmup} is above steps {self.steps}")
+            raise ValueError(f"warmup {self.warmup} is above steps {self.steps}; lower it, or give a share such as 0.1")
         return self
+
+    def in_steps(self, span: float) -> int:
+        """A span as a number of steps."""
+        return round(span * self.steps) if isinstance(span, float) else span
 
 
 class TeacherSettings(Settings):

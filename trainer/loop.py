@@ -148,7 +148,7 @@ class Loop:
         if broken := not_finite(self._numbers):
             raise self._failure(step, ids, broken)
         done = step + 1
-        if done % self._settings.log_every == 0 or done == self._settings.schedule.steps:
+        if done % self._settings.log_every == 0 or done in (1, self._settings.schedule.steps):
             log.step(done, self._numbers)
 
     def _stopped(self, done: int, interrupted: Interruption) -> bool:

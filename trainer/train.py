@@ -130,7 +130,8 @@ def _with_heads_only(settings: "TrainSettings", left: list[str]) -> "TrainSettin
     """Settings in which it is settled how long the heads learn alone."""
     if settings.schedule.heads_only is not None:
         return settings
-    return _heads_only(settings, 2 * settings.schedule.freeze_last_layer if left else 0)
+    schedule = settings.schedule
+    return _heads_only(settings, 2 * schedule.in_steps(schedule.freeze_last_layer) if left else 0)
 
 
 def _heads_only(settings: "TrainSettings", steps: int) -> "TrainSettings":

@@ -111,7 +111,7 @@ def test_files_and_overrides(tmp_path: Path) -> None:
     found = load_settings(str(file), ["data.sources.far.weight=3", "seed=5"])
     assert found.data.sources["web"].images == str(tmp_path / "shards")
     assert (found.data.sources["far"].images, found.data.sources["far"].weight, found.seed) == ("s3://b/x", 3, 5)
-    with pytest.raises(ConfigError, match=r"no preset 'laptp': give a YAML file or one of .*laptop"):
+    with pytest.raises(ConfigError, match=r"no preset 'laptp' .did you mean laptop.*: give a YAML file or one"):
         load_settings("laptp")
     file.write_text("data: {sources: 3}\n")
     with pytest.raises(ConfigError, match=r"data\.sources"):
