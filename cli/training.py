@@ -152,7 +152,7 @@ def _train(
     from pipelines.executor import connect
     from trainer.launch import Job, train_on_ray
 
-    ray = connect(address, max(workers or 1, os.cpu_count() or 1), show_logs=True)
+    ray = connect(address, max(workers or 1, os.cpu_count() or 1))
     try:
         _tell(train_on_ray(ray, Job(settings, absolute(out), resume, init, device or "auto"), workers))
     finally:

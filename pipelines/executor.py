@@ -75,14 +75,10 @@ class LocalExecutor:
         return None
 
 
-def connect(address: str | None, cpus: int, show_logs: bool = False) -> Any:
+def connect(address: str | None, cpus: int) -> Any:
     """Ray, connected to the cluster at `address` (or of RAY_ADDRESS), else started on this machine with so many cores.
 
-    Args:
-        show_logs: whether what workers print is shown here.
-
-    Raises:
-        ConfigError: no cluster answers at the address.
+    Raises ConfigError when no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:  # a record of every task, for a dashboard that is not there
@@ -95,7 +91,7 @@ def connect(address: str | None, cpus: int, show_logs: bool = False) -> Any:
         options = {"address": "local", "num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
         options["include_dashboard"] = False
     try:
-        ray.init(**options, log_to_driver=show_logs, logging_level="ERROR")
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"no Ray cluster answers at {address}" if address else "Ray did not start on this machine"
         raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from None

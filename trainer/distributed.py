@@ -100,7 +100,6 @@ def spread(pair: Pair, world: World, sharding: Sharding, precision: Precision) -
         pair.run = DistributedDataParallel(
             pair.student,
             device_ids=[world.device] if on_gpu else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
         return

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation.errors import ConfigError, LvdError
+from trainer.checkpoints import facts_of, newest
 from trainer.loop import Summary
+from trainer.metrics import Display, Follower
 from trainer.train import signals, train
 
 if TYPE_CHECKING:
@@ -78,12 +80,15 @@ def train_on_ray(ray: Any, job: Job, ranks: int | None = None) -> Summary:
     board = ray.remote(num_cpus=0)(_Board).remote()
     scratch = Path(job.out) / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
+    steps, begin = job.settings.schedule.steps, _steps_done(Path(job.out))
     fitting = _Fitting(_trainer(job, board, ranks, _cores(ray, ranks, job.device), str(scratch)))
     try:
-        with signals() as interrupted:
+        with signals() as interrupted, Display(steps, begin) as display:
+            follower = Follower(Path(job.out), display, begin, ranks * job.settings.batch_size)
             fitting.start()
             while fitting.is_alive():
                 fitting.join(LOOK_SECONDS)
+                follower.look()
                 if interrupted.is_set():
                     ray.get(board.write.remote(STOP, True))
                 if (error := _read(board, FAILED)) is not None:
@@ -94,6 +99,12 @@ def train_on_ray(ray: Any, job: Job, ranks: int | None = None) -> Summary:
         return fitting.summary()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _steps_done(run: Path) -> int:
+    """Steps that a run has done, by its newest checkpoint."""
+    last = newest(run)
+    return facts_of(last).step if last else 0
 
 
 class _Fitting(threading.Thread):

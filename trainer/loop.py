@@ -149,7 +149,7 @@ class Loop:
             raise self._failure(step, ids, broken)
         done = step + 1
         if done % self._settings.log_every == 0 or done in (1, self._settings.schedule.steps):
-            log.step(done, self._numbers)
+            log.step(done, self._numbers, reading.time)
 
     def _stopped(self, done: int, interrupted: Interruption) -> bool:
         """Whether any rank was interrupted; several agree on it now and then."""
