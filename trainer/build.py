@@ -14,7 +14,7 @@ from trainer.distill import Featured, FeatureMatching
 from trainer.distributed import World, spread
 from trainer.heads import Head
 from trainer.loader import Loader
-from trainer.masks import MaskSettings, block_masks
+from trainer.masks import MaskSettings, block_masks, max_masked
 from trainer.objective import Objective, SelfDistillation, Weights
 from trainer.pair import Network, Pair, Trainable, set_up_blocks
 from trainer.samples import Dataset, Source, open_dataset
@@ -156,6 +156,9 @@ class MakeBatch:
     Args:
         settings: of the run.
         world: this process: batches of different ranks have different masks.
+
+    Raises:
+        ConfigError: no patch of a batch would be masked, though the iBOT loss is about those.
     """
 
     def __init__(self, settings: "TrainSettings", world: World) -> None:
@@ -165,6 +168,8 @@ class MakeBatch:
             self._masks = MaskSettings(settings.masks.crops, settings.masks.patches)
         side = settings.crops.global_size // settings.model.patch_size
         self._grid = (side, side)
+        if self._masks is not None and not max_masked(2 * settings.batch_size, self._grid, self._masks):
+            raise ConfigError("masks: no patch of a batch would be masked; raise crops or patches, or set loss.ibot=0")
 
     def __call__(self, views: list[Views], image_ids: list[str], step: int) -> Batch:
         """The batch of a step."""
