@@ -1,6 +1,7 @@
 """Training by the command: stopped by a real Ctrl-C and resumed, over several ranks, evaluated, exported, embedded."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,20 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from world import call, draw, environment, lvd, start, web_images, write_folder, write_images
+from world import ROOT, TRAINING, call, draw, environment, lvd, start, web_images, write_folder, write_images
 
 PATIENCE_SECONDS = 240
-SETTINGS = {
-    "model": {"variant": "test"},
-    "crops": {"global_size": 56, "local_size": 28, "local_crops": 2},
-    "heads": {"prototypes": 24, "hidden": 16, "bottleneck": 8},
-    "loss": {"teacher_temperature_warmup": 0.3},
-    "schedule": {"steps": 30, "warmup": 0.1, "freeze_last_layer": 1},
-    "precision": "float32",
-    "batch_size": 4,
-    "data": {"workers": 1},
-    "log_every": 1,
-}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TRAIN = ("train", "tiny.yaml", "--device", "cpu", "--images")
 
@@ -36,7 +26,7 @@ TRAIN = ("train", "tiny.yaml", "--device", "cpu", "--images")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a recipe, a folder of photographs, and labelled Parquet files."""
     place = tmp_path_factory.mktemp("training")
-    (place / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (place / "tiny.yaml").write_text(yaml.safe_dump(TRAINING))
     images = [(draw(n % 3, n), n % 3) for n in range(36)]
     write_folder(place / "photos", images)
     write_images(place / "labelled.parquet", images)
@@ -51,6 +41,18 @@ def whole(place: Path) -> Path:
     assert "30 steps, 120 images" in told.stdout and "(as an embedder: vit:whole/model.safetensors)" in told.stdout
     assert "36 images, 4 a step, on cpu in float32" in told.stderr and "step 30/30  loss " in told.stderr
     return place / "whole"
+
+
+@pytest.fixture(scope="module")
+def curated(place: Path) -> Path:
+    """A run of the pipeline, by `recipe.yaml`, of the labelled images."""
+    images = {"role": "pool", "images": "labelled.parquet", "label_column": "label"}
+    recipe = {"sources": {"web": images}, "parts": [{"balanced": "pool", "target": 9}], "cluster": {"num_clusters": 3}}
+    recipe |= {"filter": {"min_side": 32}, "dedup": {"embedder": "copies"}}
+    recipe |= {"embedders": {"default": {"model": "dct", "compile": False}, "copies": {"model": "dct"}}}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    lvd("run", "recipe.yaml", "--out", "run", "--local", cwd=place, timeout=PATIENCE_SECONDS, **ONE_THREAD)
+    return place / "run"
 
 
 def wait_for_steps(run: Path, process: "subprocess.Popen[str]", count: int) -> None:
@@ -134,30 +136,47 @@ def test_ctrl_c_on_ray_saves_and_one_process_reads_it(place: Path) -> None:
     assert "top-1" in told
 
 
-def test_the_export_is_the_next_embedder(place: Path, whole: Path) -> None:
-    assert "vit:net.safetensors" in lvd("export", "whole", "net.safetensors", "--to", "lvd", cwd=place).stdout
-    lvd("export", "whole", "net", "--to", "transformers", cwd=place)
-    images = {"role": "pool", "images": "labelled.parquet", "label_column": "label"}
-    recipe = {"sources": {"web": images}, "parts": [{"balanced": "pool", "target": 9}], "cluster": {"num_clusters": 3}}
-    recipe |= {"filter": {"min_side": 32}, "dedup": {"embedder": "copies"}}
-    ours = {"model": "vit:net.safetensors", "compile": False, "precision": "float32"}
-    recipe |= {"embedders": {"default": ours, "copies": {"model": "dct"}}}
-    (place / "next.yaml").write_text(yaml.safe_dump(recipe))
-    lvd("run", "next.yaml", "--out", "next", "--local", cwd=place, timeout=PATIENCE_SECONDS, **ONE_THREAD)
-    other = ("--set", "embedders.default.model=vit:net")
-    lvd("run", "next.yaml", "--out", "next-hf", "--local", *other, cwd=place, timeout=PATIENCE_SECONDS, **ONE_THREAD)
-    vectors = [
-        pq.read_table(place / run / "embeddings/default/web/part-00000.parquet").to_pylist()
-        for run in ("next", "next-hf")
-    ]
+def test_the_export_is_the_next_embedder(place: Path, whole: Path, curated: Path) -> None:
+    assert "vit:own.safetensors" in lvd("export", "whole", "own.safetensors", "--to", "lvd", cwd=place).stdout
+    lvd("export", "whole", "own", "--to", "transformers", cwd=place)
+    vectors = []
+    for run, model in (("next", "vit:own.safetensors"), ("next-hf", "vit:own")):
+        ours = ("--set", f"embedders.default.model={model}", "--set", "embedders.default.precision=float32")
+        lvd("run", "recipe.yaml", "--out", run, "--local", *ours, cwd=place, timeout=PATIENCE_SECONDS, **ONE_THREAD)
+        vectors.append(pq.read_table(place / run / "embeddings/default/web/part-00000.parquet").to_pylist())
     assert [row["image_id"] for row in vectors[0]] == [row["image_id"] for row in vectors[1]]
     assert len(vectors[0]) == 36 and len(vectors[0][0]["embedding"]) == 32
     assert all(
         sum(a * b for a, b in zip(x["embedding"], y["embedding"], strict=True)) > 0.999
         for x, y in zip(*vectors, strict=True)
     )
-    told = lvd(*TRAIN, "next", "--out", "on-next", "--set", "schedule.steps=1", cwd=place, **ONE_THREAD)
-    assert "9 images, 4 a step" in told.stderr
+
+
+def first_commands(file: str, heading: str) -> list[list[str]]:
+    """The training commands in the first block of shell behind a text, with fewer steps."""
+    block = (ROOT / file).read_text().partition(heading)[2].partition("```sh\n")[2].partition("```")[0]
+    return [shlex.split(line.replace("=20", "=2"), comments=True)[1:] for line in block.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("file", "heading", "count"),
+    [("README.md", "Train a vision transformer on them", 3), ("docs/trainer.md", "## A first look", 5)],
+)
+def test_the_first_commands_of_the_documents_work_as_they_stand(
+    file: str,
+    heading: str,
+    count: int,
+    place: Path,
+    curated: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    shutil.rmtree(place / "net", ignore_errors=True)
+    found = first_commands(file, heading)
+    assert len(found) == count
+    for arguments in found:
+        assert call(monkeypatch, *arguments) == 0, f"lvd {shlex.join(arguments)}\n{capfd.readouterr().err}"
 
 
 @pytest.fixture
