@@ -141,6 +141,7 @@ def _train(
     workers: int | None,
     address: str | None,
 ) -> None:
+    from curation.errors import ConfigError
     from curation.storage import absolute
     from trainer.config import located_weights
     from trainer.train import train as train_here
@@ -149,6 +150,8 @@ def _train(
     if workers is None and address is None:
         _tell(train_here(settings, out, resume=resume, init=init, device=device or "auto"))
         return
+    if "RANK" in os.environ:
+        raise ConfigError("--workers and --address start ranks on Ray: leave them out under torchrun")
     from pipelines.executor import connect
     from trainer.launch import Job, train_on_ray
 

@@ -81,8 +81,9 @@ def connect(address: str | None, cpus: int) -> Any:
     Raises ConfigError when no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address:  # a record of every task, for a dashboard that is not there
+    if not address:  # records for a dashboard that is not there; a process may even hang at its end over them
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
     ray = _ray()
     if address and not _listens(address):
         raise ConfigError(f"no Ray cluster answers at {address}: nothing listens there")

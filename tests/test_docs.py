@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -289,3 +290,5 @@ def test_what_the_dockerfile_copies_is_not_ignored() -> None:
     ]
     assert copied
     assert set(copied) <= allowed
+    wheel = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(wheel["packages"]) <= set(copied)

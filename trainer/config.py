@@ -231,7 +231,7 @@ class TrainSettings(Settings):
     data: DataSettings = DataSettings()
     crops: CropSettings = CropSettings()
     masks: MaskSettings = MaskSettings()
-    model: ModelSettings = ModelSettings(variant="large", patch_size=16, drop_path=0.3)
+    model: ModelSettings = ModelSettings(variant="large", drop_path=0.3)
     heads: HeadSettings = HeadSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -194,7 +194,8 @@ def _placed(ray: Any, job: Job, ranks: int | None) -> tuple[int, Job]:
     if ranks is None:
         ranks = gpus if device == "cuda" else len(_nodes(ray))
     if device == "cuda" and gpus < max(ranks, 1):
-        raise ConfigError(f"{ranks} ranks on GPUs: the cluster has {gpus}; lower --workers, or take --device cpu")
+        wanted = f"{max(ranks, 1)} ranks on GPUs"
+        raise ConfigError(f"{wanted}: the cluster has {gpus}; lower --workers, or take --device cpu")
     return ranks, replace(job, device=device)
 
 
