@@ -338,6 +338,8 @@ def _sources(places: Sequence[str]) -> dict[str, Any]:
 def final_shards(place: str) -> str:
     """The final shards of a run, where `place` is one; other places as they are, absolute."""
     place = storage.absolute(place)
+    if place.endswith(".parquet") or "*" in place:
+        return place
     shards = storage.join(place, "shards")
     return shards if storage.exists(storage.join(shards, MANIFEST)) else place
 
