@@ -5,12 +5,12 @@ import sys
 
 import typer
 
-from cli import questions, runs, selection, stages
+from cli import evaluation, questions, runs, selection, stages, training
 from curation.errors import LvdError
 
 app = typer.Typer(
     name="lvd",
-    help="Build curated image pretraining sets from web crawls, as DINOv2's LVD-142M was built.",
+    help="Build curated image pretraining sets from web crawls, as DINOv2's LVD-142M was built, and train on them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -20,14 +20,17 @@ app = typer.Typer(
     ),
 )
 
+TRAINING = "Training"
 GROUPS = (
     ("Whole runs", runs.COMMANDS),
     ("Questions", questions.COMMANDS),
     ("Single stages", stages.COMMANDS + selection.COMMANDS),
+    (TRAINING, training.COMMANDS + evaluation.COMMANDS),
 )
 for group, commands in GROUPS:
     for command in commands:
         app.command(rich_help_panel=group)(command)
+app.add_typer(evaluation.eval_app, name="eval", rich_help_panel=TRAINING)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from cli.output import Format
     from pipelines.executor import Executor
     from pipelines.progress import Progress
     from pipelines.unit import Unit
@@ -20,6 +21,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make again what wa
 Out = Annotated[str, typer.Option("--out", "-o", help="Where the result goes; any URI fsspec opens.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe's key, such as dedup.threshold=0.7.")]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or any URI fsspec opens.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
+Style = Annotated[str, typer.Option("--format", "-f", help="table, csv, json or markdown.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
 Pools = Annotated[list[str], typer.Argument(metavar="EMBEDDINGS...", help="Embeddings of the pools.")]
 
@@ -60,6 +64,17 @@ def absolute_places(places: list[str] | None) -> list[str]:
     return [absolute(place) for place in places or []]
 
 
+def format_of(style: str) -> "Format":
+    """The format that --format names. Raises ConfigError."""
+    from cli.output import Format
+    from curation.errors import ConfigError
+
+    try:
+        return Format(style)
+    except ValueError:
+        raise ConfigError(f"--format {style}: one of {', '.join(Format)} is needed") from None
+
+
 def complete_stage(incomplete: str) -> list[str]:
     """Names of stages, for shell completion."""
     from pipelines.run import STAGES
@@ -70,5 +85,12 @@ def complete_stage(incomplete: str) -> list[str]:
 def complete_recipe(incomplete: str) -> list[str]:
     """Names of recipes that ship, for shell completion."""
     from pipelines.recipe import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Names of the trainer's presets, for shell completion."""
+    from trainer.config import shipped
 
     return [name for name in shipped() if name.startswith(incomplete)]

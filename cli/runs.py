@@ -4,7 +4,19 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Address, Local, Overwrite, RunPlace, Set, Workers, complete_recipe, complete_stage, workplace
+from cli.options import (
+    Address,
+    Local,
+    Overwrite,
+    RunPlace,
+    Set,
+    Style,
+    Workers,
+    complete_recipe,
+    complete_stage,
+    format_of,
+    workplace,
+)
 
 Recipe = Annotated[
     str,
@@ -12,7 +24,6 @@ Recipe = Annotated[
         metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", autocompletion=complete_recipe
     ),
 ]
-Style = Annotated[str, typer.Option("--format", "-f", help="table, csv, json or markdown.")]
 
 
 def run(
@@ -63,7 +74,7 @@ def plan(
     from pipelines.plan import plan_tables
     from pipelines.recipe import load_recipe
 
-    print_tables(plan_tables(load_recipe(recipe, assignments), out), _format(style))
+    print_tables(plan_tables(load_recipe(recipe, assignments), out), format_of(style))
 
 
 def stats(place: RunPlace, style: Style = "table") -> None:
@@ -77,7 +88,7 @@ def stats(place: RunPlace, style: Style = "table") -> None:
     from cli.output import print_tables
     from pipelines.stats import report
 
-    print_tables(report(place), _format(style))
+    print_tables(report(place), format_of(style))
 
 
 def sql(
@@ -96,7 +107,7 @@ def sql(
     from cli.output import arrow_table, print_table
     from pipelines.catalog import query as run_query
 
-    print_table(arrow_table(run_query(place, query)), _format(style))
+    print_table(arrow_table(run_query(place, query)), format_of(style))
 
 
 def verify(place: RunPlace, workers: Workers = None, address: Address = None, local: Local = False) -> None:
@@ -160,16 +171,6 @@ def demo(
     print_tables(tables, Format.table)
     for hint in hints:
         print(hint)
-
-
-def _format(style: str) -> "Format":  # type: ignore[name-defined]  # noqa: F821
-    from cli.output import Format
-    from curation.errors import ConfigError
-
-    try:
-        return Format(style)
-    except ValueError:
-        raise ConfigError(f"--format {style}: one of {', '.join(Format)} is needed") from None
 
 
 COMMANDS = (run, plan, stats, sql, verify, show, demo)

@@ -4,7 +4,20 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Address, Local, Out, Overwrite, Pools, Seed, Workers, absolute_places, run_stage, settings_of
+from cli.options import (
+    Address,
+    Device,
+    Local,
+    Out,
+    Overwrite,
+    Pools,
+    Precision,
+    Seed,
+    Workers,
+    absolute_places,
+    run_stage,
+    settings_of,
+)
 
 
 def download(
@@ -91,8 +104,8 @@ def embed(
     ] = "dct",
     name: Annotated[str, typer.Option(help="The embedder's name in the set.")] = "default",
     batch_size: Annotated[int | None, typer.Option(help="Images of a batch; default 16, on a GPU 128.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    device: Device = None,
+    precision: Precision = None,
     threads: Annotated[int | None, typer.Option(help="Cores of one worker for the model; default 1.")] = None,
     compile_model: Annotated[
         bool | None,

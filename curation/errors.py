@@ -17,3 +17,9 @@ class PartialError(LvdError):
     """Some parts are done and kept, others are not; the same command resumes. Exit code 3."""
 
     exit_code = 3
+
+
+class StoppedError(PartialError):
+    """Interrupted, and what is done is saved; the run goes on where it is resumed. Exit code 130."""
+
+    exit_code = 130

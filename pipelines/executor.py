@@ -75,6 +75,30 @@ class LocalExecutor:
         return None
 
 
+def connect(address: str | None, cpus: int) -> Any:
+    """Ray, connected to the cluster at `address` (or of RAY_ADDRESS), else started on this machine with so many cores.
+
+    Raises ConfigError when no cluster answers at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:  # records for a dashboard that is not there; a process may even hang at its end over them
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    ray = _ray()
+    if address and not _listens(address):
+        raise ConfigError(f"no Ray cluster answers at {address}: nothing listens there")
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        options = {"address": "local", "num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
+        options["include_dashboard"] = False
+    try:
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"no Ray cluster answers at {address}" if address else "Ray did not start on this machine"
+        raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+    return ray
+
+
 class RayExecutor:
     """Ray tasks for stateless work, actors where something is loaded once per worker.
 
@@ -86,23 +110,7 @@ class RayExecutor:
 
         Raises ConfigError when no cluster answers at the address.
         """
-        address = address or os.environ.get("RAY_ADDRESS")
-        if not address:  # a record of every task, for a dashboard that is not there
-            os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-        self._ray = _ray()
-        if address and not _listens(address):
-            raise ConfigError(f"no Ray cluster answers at {address}: nothing listens there")
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        if address:
-            options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
-        else:
-            workers = workers or os.cpu_count() or 1
-            options |= {"address": "local", "num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES}
-        try:
-            self._ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            where = f"no Ray cluster answers at {address}" if address else "Ray did not start on this machine"
-            raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+        self._ray = connect(address, workers or os.cpu_count() or 1)
         self.workers = workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
     def map(self, work: Callable[[int], Any], items: Iterable[int], needs: Needs) -> Iterator[Outcome]:

@@ -1,4 +1,4 @@
-"""Which folder may import which: cli -> pipelines -> curation, embedders; trainer -> these; Ray in one file alone."""
+"""Which folder may import which: cli -> pipelines, trainer -> curation, embedders; Ray in two files alone."""
 
 import ast
 import gc
@@ -15,9 +15,9 @@ ALLOWED = {
     "embedders": set(),
     "pipelines": {"curation", "embedders"},
     "trainer": {"curation", "embedders"},
-    "cli": {"pipelines", "curation"},
+    "cli": {"pipelines", "trainer", "curation"},
 }
-RAY_FILES = {"pipelines/executor.py"}
+RAY_FILES = {"pipelines/executor.py", "trainer/launch.py"}
 HEAVY = {"torch", "ray", "faiss", "transformers", "img2dataset"}
 NETWORKS = {f"embedders/{name}.py" for name in ("checkpoints", "layouts", "network", "torch_model", "vit")}
 """Files about torch networks; the others import them, as they would torch, inside the functions that need them."""
@@ -49,7 +49,7 @@ def test_a_folder_imports_only_what_lies_below_it(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", sorted(ALLOWED))
-def test_ray_is_imported_in_one_file_and_heavy_libraries_never_at_the_top(folder: str) -> None:
+def test_ray_is_imported_in_two_files_and_heavy_libraries_never_at_the_top(folder: str) -> None:
     for path in sorted((ROOT / folder).rglob("*.py")):
         name = str(path.relative_to(ROOT))
         assert "ray" not in imports(path) or name in RAY_FILES, f"{name} imports ray"

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pipelines.fetch_errors import RETRYABLE, Reason
 from pipelines.join import EDGES
 from pipelines.recall import RECALL
 from pipelines.retrieve_recall import RETRIEVAL_RECALL
+from trainer import config
+from trainer.build import make_schedules
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
@@ -28,7 +31,7 @@ INLINE_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 LOCAL_PATH = re.compile(r"(?<![\w.:/-])/(work|tmp|home|root)\b")
 REGISTRY = re.compile(r"(?i)py[p]i|python[h]osted|download\.py[t]orch|conda\.a[n]aconda|docker\.[i]o|g[h]cr|qu[a]y\.io")
 """Hosts of package registries; in brackets, so that they do not stand here either."""
-SECTIONS: dict[str, type[Settings]] = {
+RECIPES: dict[str, type[Settings]] = {
     "Top level": recipe.Recipe,
     "sources.NAME": recipe.SourceSettings,
     "download": recipe.DownloadSettings,
@@ -40,6 +43,24 @@ SECTIONS: dict[str, type[Settings]] = {
     "retrieve": recipe.RetrieveSettings,
     "parts": recipe.PartSettings,
     "shard": recipe.ShardSettings,
+}
+TRAINER: dict[str, type[Settings]] = {
+    "Settings": config.TrainSettings,
+    "data": config.DataSettings,
+    "data.sources.NAME": config.SourceSettings,
+    "crops": config.CropSettings,
+    "masks": config.MaskSettings,
+    "model": config.ModelSettings,
+    "heads": config.HeadSettings,
+    "loss": config.LossSettings,
+    "optimizer": config.OptimizerSettings,
+    "schedule": config.ScheduleSettings,
+    "teacher": config.TeacherSettings,
+    "evaluation": config.EvaluationSettings,
+}
+SECTIONS = {
+    **{("docs/recipes.md", title): model for title, model in RECIPES.items()},
+    **{("docs/trainer.md", title): model for title, model in TRAINER.items()},
 }
 COLUMNS = {
     "urls": schemas.URLS,
@@ -77,25 +98,24 @@ def rows(text: str) -> list[list[str]]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The arguments of every `lvd` in fenced code, also behind another command's `--` or as `python -m cli.main`."""
+    """The arguments of every `lvd` in fenced code, also as `python -m cli.main`, behind `--` or torchrun."""
     for language, block in FENCE.findall(text):
         if language not in ("", "sh", "bash", "console", "text"):
             continue
         for line in block.replace("\\\n", " ").splitlines():
             line = line.strip().removeprefix("$ ").replace("python -m cli.main", "lvd")
-            line = re.sub(r"^.* --\s+lvd ", "lvd ", line)
+            line = re.sub(r"^(.* --|torchrun .* -m)\s+(lvd|cli\.main) ", "lvd ", line)
             if line.startswith("lvd "):
                 yield shlex.split(line, comments=True)[1:]
 
 
 def parse(arguments: list[str]) -> None:
     """Parse a command line as `lvd` would, without running it. Raises click's errors."""
-    group: Any = typer.main.get_command(app)
-    if arguments[0].startswith("-"):
-        arguments, command, name = arguments, group, "lvd"
-    else:
+    command: Any = typer.main.get_command(app)
+    name = "lvd"
+    while hasattr(command, "commands") and not arguments[0].startswith("-"):
         name, arguments = arguments[0], arguments[1:]
-        command = group.commands.get(name)
+        command = command.commands.get(name)
         assert command is not None, f"no command {name}"
     try:
         command.make_context(name, list(arguments))
@@ -105,15 +125,18 @@ def parse(arguments: list[str]) -> None:
 
 def test_the_command_check_can_fail() -> None:
     parse(["run", "recipe.yaml", "--out", "run"])
-    for wrong in (["run", "recipe.yaml"], ["run", "recipe.yaml", "--out", "run", "--wrokers", "2"], ["rum"]):
+    parse(["eval", "knn", "net", "--train", "a", "--test", "b"])
+    wrong_options = (["run", "recipe.yaml", "--out", "run", "--wrokers", "2"], ["eval", "knn", "net", "--train", "a"])
+    for wrong in (["run", "recipe.yaml"], *wrong_options, ["rum"], ["eval", "kmn", "net"]):
         with pytest.raises(Exception, match=r"(?i)missing|no such option|no command"):
             parse(wrong)
 
 
 def test_commands_are_found_in_all_their_forms() -> None:
-    shell = "```sh\nray job submit -- \\\n  python -m cli.main run a --out b\nlvd stats run # why\n```\n"
+    shell = "```sh\nray job submit -- \\\n  python -m cli.main run a --out b\nlvd stats run # why\n"
+    shell += "torchrun --nproc-per-node 2 -m cli.main train laptop --out c\n```\n"
     text = shell + "```python\nlvd x\n```\n"
-    assert list(commands(text)) == [["run", "a", "--out", "b"], ["stats", "run"]]
+    assert list(commands(text)) == [["run", "a", "--out", "b"], ["stats", "run"], ["train", "laptop", "--out", "c"]]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
@@ -163,15 +186,15 @@ def shown(model: type[Settings], key: str) -> str | None:
         return None
     if key == "name" and model is recipe.Recipe:
         return "unnamed"
+    if isinstance(default, tuple):
+        return f"[{', '.join('null' if value is None else str(value) for value in default)}]"
     return "" if default in (None, "") else str(default).lower() if isinstance(default, bool) else str(default)
 
 
-@pytest.mark.parametrize("title", SECTIONS)
-def test_recipe_tables_name_every_key_with_its_default(title: str) -> None:
-    model = SECTIONS[title]
-    table = {
-        key.strip("` "): row[1] for row in rows(section(read("docs/recipes.md"), title)) for key in row[0].split(",")
-    }
+@pytest.mark.parametrize(("file", "title"), SECTIONS)
+def test_tables_of_settings_name_every_key_with_its_default(file: str, title: str) -> None:
+    model = SECTIONS[file, title]
+    table = {key.strip("` "): row[1] for row in rows(section(read(file), title)) for key in row[0].split(",")}
     assert table.keys() == model.model_fields.keys()
     for key, told in table.items():
         default = shown(model, key)
@@ -181,6 +204,28 @@ def test_recipe_tables_name_every_key_with_its_default(title: str) -> None:
 def test_the_example_recipe_is_valid() -> None:
     (example,) = (block for language, block in FENCE.findall(read("docs/recipes.md")) if language == "yaml")
     assert recipe.Recipe.model_validate(yaml.safe_load(example)).name == "birds"
+
+
+def test_the_example_of_a_training_recipe_is_valid() -> None:
+    (example,) = (block for language, block in FENCE.findall(read("docs/trainer.md")) if language == "yaml")
+    settings = config.TrainSettings.model_validate(yaml.safe_load(example))
+    assert settings.data.sources["photos"].homogeneous and settings.schedule.in_steps(settings.schedule.warmup) == 5000
+
+
+def test_the_table_of_presets_has_their_numbers() -> None:
+    told = {row[0].strip("`"): row for row in rows(section(read("docs/trainer.md"), "Recipes and presets"))}
+    assert told.keys() == set(config.shipped())
+    for name, (_, _, images, rates, lengths, _) in told.items():
+        settings = config.load_settings(name)
+        base, *at_batch = (float(rate) for rate in rates.split(", "))
+        assert base == settings.optimizer.base_lr, name
+        ranks, batch = re.fullmatch(r"(?:(\d+) ranks of )?(\d+)", images).groups() if images != "any" else (None, None)
+        if batch is not None:
+            assert int(batch) == settings.batch_size, name
+            peak = make_schedules(settings, int(ranks or 1) * int(batch)).peak_lr
+            assert at_batch == [pytest.approx(peak, rel=2e-3)], name
+        steps, warmup = (int(length.replace(",", "")) for length in lengths.split("; "))
+        assert (steps, warmup) == (settings.schedule.steps, settings.schedule.in_steps(settings.schedule.warmup)), name
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
@@ -245,3 +290,5 @@ def test_what_the_dockerfile_copies_is_not_ignored() -> None:
     ]
     assert copied
     assert set(copied) <= allowed
+    wheel = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(wheel["packages"]) <= set(copied)

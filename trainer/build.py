@@ -14,7 +14,7 @@ from trainer.distill import Featured, FeatureMatching
 from trainer.distributed import World, spread
 from trainer.heads import Head
 from trainer.loader import Loader
-from trainer.masks import MaskSettings, block_masks
+from trainer.masks import MaskSettings, block_masks, max_masked
 from trainer.objective import Objective, SelfDistillation, Weights
 from trainer.pair import Network, Pair, Trainable, set_up_blocks
 from trainer.samples import Dataset, Source, open_dataset
@@ -137,7 +137,7 @@ def make_schedules(settings: "TrainSettings", images_per_step: int) -> Schedules
         steps=schedule.steps,
         global_batch=images_per_step,
         base_lr=optimizer.base_lr,
-        warmup_steps=schedule.warmup,
+        warmup_steps=schedule.in_steps(schedule.warmup),
         final_lr=optimizer.min_lr,
         weight_decay=optimizer.weight_decay[0],
         final_weight_decay=optimizer.weight_decay[1],
@@ -145,8 +145,8 @@ def make_schedules(settings: "TrainSettings", images_per_step: int) -> Schedules
         final_momentum=schedule.momentum[1],
         warmup_teacher_temperature=loss.teacher_temperature[0],
         teacher_temperature=loss.teacher_temperature[1],
-        teacher_temperature_steps=loss.teacher_temperature_warmup,
-        freeze_last_layer_steps=schedule.freeze_last_layer,
+        teacher_temperature_steps=schedule.in_steps(loss.teacher_temperature_warmup),
+        freeze_last_layer_steps=schedule.in_steps(schedule.freeze_last_layer),
     )
 
 
@@ -156,6 +156,9 @@ class MakeBatch:
     Args:
         settings: of the run.
         world: this process: batches of different ranks have different masks.
+
+    Raises:
+        ConfigError: no patch of a batch would be masked, though the iBOT loss is about those.
     """
 
     def __init__(self, settings: "TrainSettings", world: World) -> None:
@@ -165,6 +168,8 @@ class MakeBatch:
             self._masks = MaskSettings(settings.masks.crops, settings.masks.patches)
         side = settings.crops.global_size // settings.model.patch_size
         self._grid = (side, side)
+        if self._masks is not None and not max_masked(2 * settings.batch_size, self._grid, self._masks):
+            raise ConfigError("masks: no patch of a batch would be masked; raise crops or patches, or set loss.ibot=0")
 
     def __call__(self, views: list[Views], image_ids: list[str], step: int) -> Batch:
         """The batch of a step."""

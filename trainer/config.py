@@ -4,15 +4,19 @@ Numbers of steps are optimizer steps; the published "epoch" is 1250 of them, wha
 arXiv 2304.07193.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from importlib import resources
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from curation import storage
-from curation.config import Settings, load_yaml, override, validate
+from curation.config import Settings, load_yaml, override, suggest, validate
 from curation.errors import ConfigError
+from curation.shards import MANIFEST
+from embedders.specs import DINOV2
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -21,11 +25,13 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Span = Count | Annotated[float, Field(gt=0, lt=1)]
+"""A number of steps, or a share of all steps of the run: shares go along where `schedule.steps` is changed."""
 Scale = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 
 RUNTIME = re.compile(
     r"description|data\.(workers|sources\.[^.]+\.images)|batch_size|compile|checkpointing|sharding|checkpoint_every"
-    r"|keep|eval_every|log_every"
+    r"|keep|eval_every|log_every|evaluation\..*"
 )
 """Keys that decide how a run is carried out, not what comes of it: a resumed run may change them.
 
@@ -132,12 +138,12 @@ class LossSettings(Settings):
     centering: Literal["softmax", "sinkhorn"] = "softmax"
     student_temperature: PositiveFloat = 0.1
     teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
-    teacher_temperature_warmup: Count = 37_500
+    teacher_temperature_warmup: Span = 37_500
     center_momentum: Rate = 0.9
 
 
 class OptimizerSettings(Settings):
-    """AdamW. The learning rate is `base_lr` x sqrt(images a step / 1024); `min_lr` is where its cosine ends.
+    """AdamW. The learning rate is `base_lr` x sqrt(images a step / 1024); its cosine ends at `min_lr`, null for none.
 
     `weight_decay` goes by a cosine from the first value to the second. `clip` bounds the gradient's norm of backbone,
     DINO head and iBOT head each. Block by block from the last, rates shrink by `layerwise_decay`; those of the patch
@@ -145,7 +151,7 @@ class OptimizerSettings(Settings):
     """
 
     base_lr: PositiveFloat = 4e-3
-    min_lr: NonNegative = 1e-6
+    min_lr: NonNegative | None = 1e-6
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
     clip: PositiveFloat = 3.0
@@ -156,21 +162,26 @@ class OptimizerSettings(Settings):
 class ScheduleSettings(Settings):
     """Numbers of steps: of the run, of the learning rate's warm-up, and that last layers stay frozen at first.
 
+    The last two, and `loss.teacher_temperature_warmup`, may be shares of `steps`, such as 0.1.
     The first `heads_only` steps train the heads alone; left out, none, and twice `freeze_last_layer` where a run starts
     from weights without heads. `momentum` of the moving average goes by a cosine from the first value to the second.
     """
 
     steps: Positive = 125_000
-    warmup: Count = 12_500
-    freeze_last_layer: Count = 1250
+    warmup: Span = 12_500
+    freeze_last_layer: Span = 1250
     heads_only: Count | None = None
     momentum: tuple[Fraction, Fraction] = (0.992, 1.0)
 
     @model_validator(mode="after")
     def _within(self) -> "ScheduleSettings":
         if self.warmup > self.steps:
-            raise ValueError(f"warmup {self.warmup} is above steps {self.steps}")
+            raise ValueError(f"warmup {self.warmup} is above steps {self.steps}; lower it, or give a share such as 0.1")
         return self
+
+    def in_steps(self, span: float) -> int:
+        """A span as a number of steps."""
+        return round(span * self.steps) if isinstance(span, float) else span
 
 
 class TeacherSettings(Settings):
@@ -185,24 +196,48 @@ class TeacherSettings(Settings):
     objective: Literal["auto", "heads", "features"] = "auto"
 
 
+class EvaluationSettings(Settings):
+    """Labelled images for k-NN and collapse gauges during training: Parquet files, `train` the bank, `test` queries.
+
+    At most so many of each are drawn by the run's seed, among the rows [from, to) if those are given; the main process
+    holds them prepared, at the size of global crops: 3 bytes a pixel.
+    """
+
+    train: str | None = None
+    test: str | None = None
+    train_images: Positive = 4000
+    test_images: Positive = 1000
+    train_rows: tuple[Count, Count | None] = (0, None)
+    test_rows: tuple[Count, Count | None] = (0, None)
+    image_column: str = "image"
+    label_column: str = "label"
+
+    @model_validator(mode="after")
+    def _both(self) -> "EvaluationSettings":
+        if (self.train is None) != (self.test is None):
+            raise ValueError("give both train and test (the same file with other train_rows and test_rows will do)")
+        return self
+
+
 class TrainSettings(Settings):
     """A whole run. `batch_size` is images a rank and step; nothing else depends on the machine.
 
-    `checkpoint_every`, `eval_every` and `log_every` are steps; 0 evaluates never. `keep` of the newest checkpoints
-    stay. `sharding` acts with several ranks: `ddp` copies the networks, `fsdp` shares them out. `checkpointing`
-    computes activations again in the backward pass, to save memory.
+    `checkpoint_every`, `eval_every` and `log_every` are steps; with 0 only the end is evaluated. `keep` of the newest
+    checkpoints stay. `sharding` acts with several ranks: `ddp` copies the networks, `fsdp` shares them out.
+    `checkpointing` computes activations again in the backward pass, to save memory.
     """
 
     description: str = ""
     data: DataSettings = DataSettings()
     crops: CropSettings = CropSettings()
     masks: MaskSettings = MaskSettings()
-    model: ModelSettings = ModelSettings(variant="large", patch_size=16, drop_path=0.3)
+    model: ModelSettings = ModelSettings(variant="large", drop_path=0.3)
     heads: HeadSettings = HeadSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     teacher: TeacherSettings | None = None
+    evaluation: EvaluationSettings = EvaluationSettings()
     batch_size: Positive = 64
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -259,30 +294,82 @@ def _folder() -> Any:
     return resources.files("trainer") / "presets"
 
 
-def load_settings(place: str, assignments: list[str] | None = None) -> TrainSettings:
+def load_settings(place: str, assignments: Sequence[str] = (), images: str | Sequence[str] = ()) -> TrainSettings:
     """Settings from a YAML file anywhere, or a preset by its name, with overrides. Raises ConfigError.
 
-    Local paths in a file are relative to its own directory; in a preset, to the working directory.
+    Local paths in a file are relative to its own directory; in a preset and in overrides, to the working directory.
+
+    Args:
+        place: the file, or the name of a preset.
+        assignments: `a.b=value` each, applied in order.
+        images: what to train on, in place of `data.sources`: places as `SourceSettings.images` has them, or runs of
+            the pipeline, of which the final shards are meant.
     """
     uri = place
     if place in shipped():
         uri = str(_folder() / f"{place}.yaml")
     elif not place.endswith((".yaml", ".yml")):
-        raise ConfigError(f"no preset {place!r}: give a YAML file or one of {', '.join(shipped())}")
-    written, given = load_yaml(uri), assignments or []
+        raise ConfigError(f"no preset {place!r}{suggest(place, shipped())}: give a YAML file or one of {_presets()}")
     base = storage.absolute(".") if place in shipped() else storage.absolute(uri).rpartition("/")[0]
-    return validate(TrainSettings, override(_located(written, base), given), place)
+    return changed(_located(load_yaml(uri), base), place, assignments, images)
+
+
+def changed(
+    values: dict[str, Any], where: str, assignments: Sequence[str], images: str | Sequence[str]
+) -> TrainSettings:
+    """Nested values as settings, with overrides as in `load_settings`; `where` is for errors. Raises ConfigError."""
+    places = [images] if isinstance(images, str) else list(images)
+    if places:
+        values = override(values, [f"data.sources={json.dumps(_sources(places))}"])
+    values = override(values, list(assignments))
+    return validate(TrainSettings, _located(values, storage.absolute(".")), where)
+
+
+def _presets() -> str:
+    return ", ".join(shipped())
+
+
+def _sources(places: Sequence[str]) -> dict[str, Any]:
+    """Sources called images, images-2, ... of places or of runs."""
+    names = ["images", *(f"images-{number}" for number in range(2, len(places) + 1))]
+    return {name: {"images": final_shards(place)} for name, place in zip(names, places, strict=False)}
+
+
+def final_shards(place: str) -> str:
+    """The final shards of a run, where `place` is one; other places as they are, absolute."""
+    place = storage.absolute(place)
+    if place.endswith(".parquet") or "*" in place:
+        return place
+    shards = storage.join(place, "shards")
+    return shards if storage.exists(storage.join(shards, MANIFEST)) else place
 
 
 def _located(written: dict[str, Any], base: str) -> dict[str, Any]:
-    """A file's settings with the places of its sources found from its directory; what is no mapping stays."""
-    data = written.get("data")
-    if not isinstance(data, dict) or not isinstance(sources := data.get("sources"), dict):
-        return written
-    found = {
-        name: source | {"images": storage.resolve(source["images"], base)}
-        if isinstance(source, dict) and isinstance(source.get("images"), str)
-        else source
-        for name, source in sources.items()
-    }
-    return {**written, "data": {**data, "sources": found}}
+    """Settings with relative paths to images and weights resolved from a directory; what is no mapping stays."""
+    data, sources = _mapping(written, "data"), _mapping(_mapping(written, "data"), "sources")
+    found = dict(written)
+    if sources:
+        found["data"] = data | {"sources": {name: _from(source, base, "images") for name, source in sources.items()}}
+    if evaluation := _mapping(written, "evaluation"):
+        found["evaluation"] = _from(evaluation, base, "train", "test")
+    if teacher := _mapping(written, "teacher"):
+        model = teacher.get("model")
+        found["teacher"] = teacher | {"model": located_weights(model, base)} if isinstance(model, str) else teacher
+    return found
+
+
+def located_weights(place: str, base: str) -> str:
+    """A place of weights, as `trainer/start.py` reads them, with a relative path resolved from a directory."""
+    return place if place in DINOV2 else storage.resolve(place.removeprefix("vit:"), base)
+
+
+def _mapping(values: Any, key: str) -> dict[str, Any]:
+    """What is under a key, if that is a mapping."""
+    found = values.get(key) if isinstance(values, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _from(values: Any, base: str, *keys: str) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return values | {key: storage.resolve(values[key], base) for key in keys if isinstance(values.get(key), str)}

@@ -58,7 +58,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     Raises:
         ConfigError: there is no such device.
     """
-    chosen = _device(device)
+    chosen = chosen_device(device)
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if started:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
@@ -72,7 +72,10 @@ def joined(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def chosen_device(name: str) -> torch.device:
+    """The device "cpu" or "cuda" (this rank's); "auto" is the GPU where this machine has one. Raises ConfigError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {name}: take auto, cpu or cuda")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigError("device cuda: torch sees no GPU here; take cpu, or install a torch built for CUDA")
@@ -97,7 +100,6 @@ def spread(pair: Pair, world: World, sharding: Sharding, precision: Precision) -
         pair.run = DistributedDataParallel(
             pair.student,
             device_ids=[world.device] if on_gpu else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
         return

@@ -16,8 +16,9 @@ from embedders.dinov2 import standard_preprocessing
 from embedders.preprocessing import Preprocessing
 from embedders.vit import VisionTransformer
 from trainer.features import check_fit
+from trainer.start import open_weights
 
-Layout = Literal["embedder", "transformers"]
+Layout = Literal["lvd", "transformers"]
 
 
 def export(
@@ -27,7 +28,7 @@ def export(
 
     Args:
         model: float32 or lower, on any device, not sharded.
-        place: on this machine. "embedder": a file NAME.safetensors, which is replaced if it is there; the embedder
+        place: on this machine. "lvd": a file NAME.safetensors, which is replaced if it is there; the embedder
             `vit:FILE` opens it. "transformers": a directory, new or empty, which `AutoModel` opens, and `vit:DIR`.
         preprocessing: how images are to be prepared; None for the published way, at the network's `image_size`.
 
@@ -52,3 +53,9 @@ def export(
         return []
     except EmbedderError as error:
         raise ConfigError(str(error)) from None
+
+
+def export_from(place: str, out: str, layout: Layout, size: int | None = None) -> list[str]:
+    """`export` of the network at a place, as `trainer.start.open_weights` reads it, for images of `size` pixels."""
+    network = open_weights(place).backbone
+    return export(network, out, layout, None if size is None else standard_preprocessing(size))

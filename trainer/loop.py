@@ -2,18 +2,17 @@
 
 import json
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from curation.errors import LvdError, PartialError
+from curation.errors import LvdError, StoppedError
 from embedders.checkpoints import save_vit
 from embedders.dinov2 import standard_preprocessing
 from embedders.vit import VisionTransformer
@@ -26,6 +25,7 @@ from trainer.pair import Network
 from trainer.samples import Dataset
 from trainer.schedules import Values
 from trainer.step import Trained, train_step
+from trainer.watch import Album, Evaluate
 
 if TYPE_CHECKING:
     from trainer.config import TrainSettings
@@ -36,8 +36,13 @@ REJECTS = "rejects.jsonl"
 FAILURE = "failure-rank{rank}.json"
 IDS_SHOWN = 3
 
-Evaluate = Callable[[VisionTransformer, nn.Module | None], dict[str, float]]
-"""Backbone and DINO head (None without heads) of the moving average, plain ones, to numbers by name."""
+
+class Interruption(Protocol):
+    """Something that tells whether the run is to stop, such as an event."""
+
+    def is_set(self) -> bool:
+        """Whether it is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Summary:
         steps: done, of all invocations; images: that they had.
         seconds: of this invocation.
         numbers: of the last step; empty where none was left to do.
-        skipped: images that could not be decoded, on this rank, in this invocation; `rejects.jsonl` names them.
+        skipped: how often an image that cannot be decoded was replaced by another, on this rank, in this invocation;
+            `rejects.jsonl` names them.
         model: the moving average's backbone, as an embedder `vit:FILE` opens it.
     """
 
@@ -72,16 +78,20 @@ class Loop:
         self._schedules = make_schedules(settings, self._images)
         self._checkpoints = Checkpoints(run, settings.keep, world)
         self._pending: tuple[int, Values, list[str], Reading] | None = None
+        self._album: Album | None = None
         self._numbers: dict[str, float] = {}
         self._skipped = 0
 
-    def go(self, interrupted: threading.Event, evaluate: Evaluate | None) -> Summary:
-        """All steps that are left."""
+    def go(self, interrupted: Interruption, evaluate: Evaluate | None, notes: Sequence[str] = ()) -> Summary:
+        """All steps that are left; `notes` are shown first."""
         start = time.monotonic()
         if self._world.rank == 0:
             (self._run / SETTINGS).write_text(self._settings.model_dump_json(indent=1) + "\n")
         with Log(self._run, self._settings.schedule.steps, self._begin, self._images, self._world.rank == 0) as log:
+            for note in (self._about(), *notes):
+                log.say(note)
             try:
+                self._album = self._make_album()
                 for done in self._steps(log):
                     self._checkpoints.poll()
                     self._evaluate(done, log, evaluate)
@@ -92,6 +102,24 @@ class Loop:
         model = self._export()
         seconds = time.monotonic() - start
         return Summary(steps, steps * self._images, seconds, self._numbers, self._skipped, model)
+
+    def _about(self) -> str:
+        """What is trained, on what."""
+        student, world, images = self._trained.pair.student, self._world, sum(self._dataset.num_images)
+        weights = sum(value.numel() for value in student.backbone.parameters())
+        ranks = f" on {world.size} ranks" if world.size > 1 else ""
+        return (
+            f"{images:,} images, {self._images} a step{ranks}, on {world.device.type} in {self._trained.precision}; "
+            f"a network of {weights / 1e6:.1f} million weights; "
+            f"{self._begin} of {self._settings.schedule.steps} steps done"
+        )
+
+    def _make_album(self) -> Album | None:
+        """Pictures of the first batch, of the main process, where there is something left to do."""
+        if self._world.rank or self._begin >= self._settings.schedule.steps:
+            return None
+        _, batch, _ = next(iter(make_loader(self._settings, self._dataset, self._world, workers=0, start_step=0)))
+        return Album(self._run, batch)
 
     def _steps(self, log: Log) -> Iterator[int]:
         """Do the steps that are left; gives the number done after each."""
@@ -120,10 +148,10 @@ class Loop:
         if broken := not_finite(self._numbers):
             raise self._failure(step, ids, broken)
         done = step + 1
-        if done % self._settings.log_every == 0 or done == self._settings.schedule.steps:
-            log.step(done, self._numbers)
+        if done % self._settings.log_every == 0 or done in (1, self._settings.schedule.steps):
+            log.step(done, self._numbers, reading.time)
 
-    def _stopped(self, done: int, interrupted: threading.Event) -> bool:
+    def _stopped(self, done: int, interrupted: Interruption) -> bool:
         """Whether any rank was interrupted; several agree on it now and then."""
         if self._world.group is None:
             return interrupted.is_set()
@@ -134,7 +162,7 @@ class Loop:
         return bool(anywhere)
 
     def _save(self, done: int, log: Log, stop: bool) -> None:
-        """A checkpoint, if one is due. Raises PartialError for the last one of a run that is stopped."""
+        """A checkpoint, if one is due. Raises StoppedError after the last one of a run that is stopped."""
         steps = self._settings.schedule.steps
         if done < steps and not stop and done % self._settings.checkpoint_every:
             return
@@ -144,12 +172,14 @@ class Loop:
         self._checkpoints.save(tensors_of(self._trained), facts)
         if stop and done < steps:
             self._checkpoints.finish()
-            raise PartialError(f"stopped after {done} of {steps} steps; run again with resume")
+            raise StoppedError(
+                f"stopped after {done} of {steps} steps, which are saved in {self._run}; resume to go on"
+            )
 
     def _evaluate(self, done: int, log: Log, evaluate: Evaluate | None) -> None:
-        """An evaluation of the moving average, if one is due."""
+        """Numbers and pictures of the moving average, if they are due."""
         every, last = self._settings.eval_every, done == self._settings.schedule.steps
-        if evaluate is None or not (last or (every and done % every == 0)):
+        if not (last or (every and done % every == 0)):
             return
         self._heed(log)
         ema = self._trained.pair.ema
@@ -159,8 +189,10 @@ class Loop:
             backbone, head = network.backbone, network.dino_head
         else:
             backbone = self._whole_backbone()
-        if self._world.rank == 0:
+        if self._world.rank == 0 and evaluate is not None:
             log.evaluation(done, evaluate(backbone, head))
+        if self._album is not None:
+            self._album.add_patches(done, backbone)
         self._world.wait()
 
     def _whole_backbone(self) -> VisionTransformer:

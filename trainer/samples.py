@@ -108,7 +108,7 @@ def open_dataset(sources: Sequence[Source], window_bytes: int = WINDOW_BYTES) ->
     """
     names = [source.name for source in sources]
     if not names:
-        raise ConfigError("no sources to train on; name at least one")
+        raise ConfigError("no sources to train on: give --images, or data.sources in the recipe")
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two sources are called {name!r}; give each a name of its own")

@@ -4,7 +4,7 @@ All by step, as published (arXiv 2304.07193, appendix B); epochs play no part. S
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from curation.errors import ConfigError
@@ -93,20 +93,6 @@ class Schedules:
             weight_decay=_cosine(self.weight_decay, self.final_weight_decay, share),
             momentum=_cosine(self.momentum, self.final_momentum, share),
             teacher_temperature=self._teacher_temperature(step),
-        )
-
-    def constant(self) -> "Schedules":
-        """The same without ends: after the warm-ups nothing changes any more (arXiv 2508.10104)."""
-        return replace(self, final_lr=None, final_weight_decay=self.weight_decay, final_momentum=self.momentum)
-
-    def compressed(self, steps: int) -> "Schedules":
-        """The same in fewer steps, warm-ups and freeze too, as the high-resolution finish has it (appendix B.2)."""
-        return replace(
-            self,
-            steps=steps,
-            warmup_steps=round(self.warmup_steps * steps / self.steps),
-            teacher_temperature_steps=round(self.teacher_temperature_steps * steps / self.steps),
-            freeze_last_layer_steps=round(self.freeze_last_layer_steps * steps / self.steps),
         )
 
     def _lr(self, step: int) -> float:

@@ -10,11 +10,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from world import RAY_FOLDER, ROOT, World, digests, environment, lvd
+import yaml
+from world import RAY_FOLDER, ROOT, TRAINING, World, digests, environment, lvd
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 STORE = ("--object-store-memory", "80000000")
@@ -143,3 +145,19 @@ def test_without_an_address_the_command_stays_off_a_running_cluster(
 ) -> None:
     done = lvd("verify", str(world.place / "reference"), "--workers", "1", cwd=tmp_path)
     assert "all sets are whole" in done.stdout
+
+
+def test_a_job_trains_on_both_nodes(world: World, cluster: Cluster, tmp_path: Path) -> None:
+    settings = tmp_path / "tiny.yaml"
+    settings.write_text(yaml.safe_dump({**TRAINING, "data": {"workers": 0}}))
+    images = ("--images", str(world.place / "birds.parquet"))
+    net = str(tmp_path / "net")
+    steps = ("--set", "schedule.steps=3")
+    done = cluster.submit("train", "train", str(settings), *images, "--out", net, *steps, "--workers", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert cluster.exit_code("train") == 0
+    assert "3 steps, 24 images" in done.stdout
+    assert (tmp_path / "net/model.safetensors").is_file()
+    done = cluster.submit("crowded", "train", str(settings), *images, "--out", net + "2", "--workers", "3")
+    assert "3 ranks need a core each, but the cluster has 2; lower --workers" in done.stdout
+    assert cluster.exit_code("crowded") == 2

@@ -151,6 +151,20 @@ RECIPE: dict[str, Any] = {
 """Every kind of source and of part; so many shards that shuffling takes two levels."""
 
 
+TRAINING: dict[str, Any] = {
+    "model": {"variant": "test"},
+    "crops": {"global_size": 56, "local_size": 28, "local_crops": 2},
+    "heads": {"prototypes": 24, "hidden": 16, "bottleneck": 8},
+    "loss": {"teacher_temperature_warmup": 0.3},
+    "schedule": {"steps": 30, "warmup": 0.1, "freeze_last_layer": 1},
+    "precision": "float32",
+    "batch_size": 4,
+    "data": {"workers": 1},
+    "log_every": 1,
+}
+"""Settings of a tiny network, trained in seconds."""
+
+
 @dataclass
 class World:
     """Inputs in a directory, and the server that the URLs lead to."""

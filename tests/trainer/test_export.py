@@ -68,11 +68,11 @@ def test_transformers_prepares_images_as_the_embedder_does(tmp_path: Path) -> No
     assert float(torch.nn.functional.cosine_similarity(vector, torch.from_numpy(found).float(), dim=0)) > 0.999
 
 
-@pytest.mark.parametrize("layout", ["embedder", "transformers"])
+@pytest.mark.parametrize("layout", ["lvd", "transformers"])
 @pytest.mark.parametrize("name", ["registers", "none"])
 def test_it_is_the_next_embedder(name: str, layout: str, tmp_path: Path) -> None:
     model = network(NETWORKS[name], seed=3).train()
-    place = str(tmp_path / ("out.safetensors" if layout == "embedder" else "out"))
+    place = str(tmp_path / ("out.safetensors" if layout == "lvd" else "out"))
     assert export(model, place, layout, PREPARED) == []  # type: ignore[arg-type]
     embedder = load_embedder(f"vit:{place}", Runtime())
     prepared = np.stack([embedder.preprocess(photo(i)) for i in range(3)])
@@ -85,16 +85,16 @@ def test_it_is_the_next_embedder(name: str, layout: str, tmp_path: Path) -> None
 
 def test_images_are_prepared_for_the_size_of_the_network_unless_said(tmp_path: Path) -> None:
     model = network(replace(BASE, image_size=30))  # a grid of 7: 28 pixels
-    export(model, str(tmp_path / "a.safetensors"), "embedder")
+    export(model, str(tmp_path / "a.safetensors"), "lvd")
     assert load_embedder(f"vit:{tmp_path}/a.safetensors", Runtime()).preprocess(photo(0)).shape == (28, 28, 3)
 
 
 def test_a_file_is_replaced_and_a_directory_is_not(tmp_path: Path) -> None:
     file, folder = str(tmp_path / "a.safetensors"), str(tmp_path / "a")
-    for layout, place in (("embedder", file), ("transformers", folder)):
+    for layout, place in (("lvd", file), ("transformers", folder)):
         export(network(seed=1, config=BASE), place, layout)  # type: ignore[arg-type]
     before = Path(file).read_bytes()
-    export(network(seed=2, config=BASE), file, "embedder")
+    export(network(seed=2, config=BASE), file, "lvd")
     assert Path(file).read_bytes() != before
     with pytest.raises(ConfigError, match="a: is not empty"):
         export(network(seed=2, config=BASE), folder, "transformers")
@@ -104,11 +104,11 @@ def test_what_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     model, place = network(BASE), str(tmp_path / "a.safetensors")
     odd = network(replace(BASE, mlp_ratio=2.5))
     for arguments, says in [
-        ((model, "s3://bucket/a.safetensors", "embedder"), "no local path"),
-        ((model, str(tmp_path / "a.pth"), "embedder"), "must end in .safetensors"),
+        ((model, "s3://bucket/a.safetensors", "lvd"), "no local path"),
+        ((model, str(tmp_path / "a.pth"), "lvd"), "must end in .safetensors"),
         ((odd, str(tmp_path / "a"), "transformers"), "whole numbers alone"),
         (
-            (model, place, "embedder", evaluation_preprocessing(40, 30)),
+            (model, place, "lvd", evaluation_preprocessing(40, 30)),
             "do not divide into patches of 4; set crop to 32",
         ),
     ]:
@@ -117,5 +117,5 @@ def test_what_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     with torch.no_grad():
         model.norm.bias[2] = torch.inf
     with pytest.raises(LvdError, match=r"not finite, norm\.bias first"):
-        export(model, place, "embedder")
+        export(model, place, "lvd")
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from curation.errors import ConfigError
+from trainer.build import make_schedules
+from trainer.config import load_settings
 from trainer.schedules import Schedules
 
 EPOCH = 1250
@@ -86,20 +88,19 @@ def test_after_the_end_the_final_values_stay(step: int) -> None:
 
 
 def test_constant_schedules_stay_after_their_warm_ups() -> None:
-    held = SMALL.constant()
+    held = replace(SMALL, final_lr=None, final_weight_decay=0.04, final_momentum=0.992)
     assert [held.at(step) for step in range(6)] != [held.at(6)] * 6
     assert {held.at(step) for step in range(12, 100)} == {(held.peak_lr, held.peak_lr, 0.04, 0.992, 0.07)}
     assert [held.at(step).lr for step in range(7)] == [SMALL.at(step).lr for step in range(7)]
 
 
-def test_compressed_schedules_are_the_same_curves() -> None:
-    finish = VITL14.compressed(10_000)
+def test_the_high_resolution_finish_compresses_the_curves_of_the_long_run() -> None:
+    finish = make_schedules(load_settings("high_resolution", ["optimizer.base_lr=2e-4"]), 3072)
     assert (finish.steps, finish.warmup_steps, finish.teacher_temperature_steps) == (10_000, 1_600, 600)
     assert finish.freeze_last_layer_steps == 20
     for share in (0.0, 0.17, 0.3, 0.5, 0.9, 1.0):
         found, whole = finish.at(int(10_000 * share)), VITL14.at(int(625_000 * share))
         np.testing.assert_allclose(found, whole, rtol=1e-2)
-    assert VITL14.compressed(VITL14.steps) == VITL14
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import trainer.step
-from curation.errors import ConfigError, LvdError, PartialError
+from curation.errors import ConfigError, LvdError, PartialError, StoppedError
 from embedders.checkpoints import load_vit
 from embedders.vit import VisionTransformer
 from tests.trainer.tiny_runs import settings, write_images
-from trainer.checkpoints import newest
+from trainer.checkpoints import newest, read_tensors
 from trainer.config import TrainSettings
+from trainer.loop import MODEL
 from trainer.photometric import augment
 from trainer.train import train
 
@@ -42,8 +43,8 @@ class Interrupter:
         self.calls += 1
         if self.calls == self.at:
             signal.raise_signal(signal.SIGINT)
-        assert head is not None
-        return {"sum": float(sum(value.double().sum() for value in (*backbone.parameters(), *head.parameters())))}
+        values = [*backbone.parameters(), *(head.parameters() if head else [])]
+        return {"sum": float(sum(value.double().sum() for value in values))}
 
 
 def lines(run: Path) -> list[dict[str, float]]:
@@ -81,7 +82,7 @@ def test_what_a_run_leaves(whole_run: Path) -> None:
 def test_interrupted_and_resumed_equals_not_interrupted(at: int, images: Path, whole_run: Path, tmp_path: Path) -> None:
     workers = "data.workers=1" if at == 2 else "data.workers=0"
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(PartialError, match=f"stopped after {at} of 6 steps; run again with resume"):
+    with pytest.raises(PartialError, match=f"stopped after {at} of 6 steps, which are saved in"):
         train(of(images), tmp_path, device="cpu", evaluate=Interrupter(at))
     assert signal.getsignal(signal.SIGINT) is handler
     torch.manual_seed(99)
@@ -89,6 +90,41 @@ def test_interrupted_and_resumed_equals_not_interrupted(at: int, images: Path, w
     assert lines(tmp_path) == lines(whole_run)
     model = "model.safetensors"
     assert (tmp_path / model).read_bytes() == (whole_run / model).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["heads alone at first", "from heads", "from features", "homogeneous"])
+def test_every_kind_of_run_goes_on_exactly(kind: str, images: Path, whole_run: Path, tmp_path: Path) -> None:
+    """Begun from weights without heads, distilled with and without heads, of sources that fill whole batches."""
+    other = write_images(tmp_path / "other.parquet", 9)
+    sources = f"{{web: {{images: {images}}}, other: {{images: {other}, homogeneous: true}}}}"
+    assignments = {
+        "heads alone at first": ["schedule.freeze_last_layer=2"],
+        "from heads": [f"teacher.model={whole_run}", "model.drop_path=0"],
+        "from features": [f"teacher={{model: {whole_run}, objective: features}}", "model.drop_path=0"],
+        "homogeneous": [f"data.sources={sources}"],
+    }[kind]
+    init = str(whole_run / "model.safetensors") if kind == "heads alone at first" else None
+    given = of(images, *assignments)
+    train(given, tmp_path / "whole", device="cpu", init=init, evaluate=Interrupter())
+    with pytest.raises(StoppedError):
+        train(given, tmp_path / "parts", device="cpu", init=init, evaluate=Interrupter(3))
+    train(given, tmp_path / "parts", device="cpu", init=init, evaluate=Interrupter(), resume=True)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert (tmp_path / "parts" / MODEL).read_bytes() == (tmp_path / "whole" / MODEL).read_bytes()
+    tokens = read_tensors(tmp_path / "whole" / "checkpoints" / "step-00000006", "student.backbone.mask_token")[""]
+    assert bool(tokens.any()) == (not kind.startswith("from")), "the mask token is frozen in distillation alone"
+
+
+def test_a_run_by_the_name_of_a_preset(images: Path, tmp_path: Path) -> None:
+    small = ["schedule.steps=1", "batch_size=2", "data.workers=0", "model.depth=1", "precision=float32"]
+    summary = train("laptop", tmp_path / "run", images=str(images), overrides=small, device="cpu")
+    assert (summary.steps, summary.images) == (1, 2)
+    again = train(None, tmp_path / "run", overrides=["keep=5"], resume=True, device="cpu")
+    assert again.numbers == {}
+    with pytest.raises(ConfigError, match="no run to resume: name a preset"):
+        train(None, tmp_path / "none", resume=True)
+    with pytest.raises(ConfigError, match="no local path"):
+        train("laptop", "s3://bucket/run", images=str(images))
 
 
 def test_a_run_that_is_done_is_done(images: Path, whole_run: Path) -> None:

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from curation.errors import ConfigError
 from embedders.vit import VARIANTS
 from tests.trainer.tiny_runs import settings
-from trainer.build import crop_settings, make_schedules, vit_config
-from trainer.config import difference, load_settings, shipped
+from trainer.build import MakeBatch, crop_settings, make_schedules, vit_config
+from trainer.config import TrainSettings, difference, load_settings, shipped
+from trainer.distributed import World
 from trainer.masks import MaskSettings
 
 
@@ -69,6 +71,10 @@ def test_variants_are_the_networks_there_are() -> None:
         assert vit_config(settings(f"model.variant={name}").model, variant.image_size) == variant
 
 
+def test_defaults_fit_together() -> None:
+    assert (TrainSettings().model.patch_size, TrainSettings().crops.local_size) == (14, 98)
+
+
 def test_a_network_by_its_sizes() -> None:
     found = settings("model={dim: 48, depth: 3, heads: 4, patch_size: 7, registers: 2, ffn: swiglu}")
     config = vit_config(found.model, 56)
@@ -111,7 +117,7 @@ def test_files_and_overrides(tmp_path: Path) -> None:
     found = load_settings(str(file), ["data.sources.far.weight=3", "seed=5"])
     assert found.data.sources["web"].images == str(tmp_path / "shards")
     assert (found.data.sources["far"].images, found.data.sources["far"].weight, found.seed) == ("s3://b/x", 3, 5)
-    with pytest.raises(ConfigError, match=r"no preset 'laptp': give a YAML file or one of .*laptop"):
+    with pytest.raises(ConfigError, match=r"no preset 'laptp' .did you mean laptop.*: give a YAML file or one"):
         load_settings("laptp")
     file.write_text("data: {sources: 3}\n")
     with pytest.raises(ConfigError, match=r"data\.sources"):
@@ -126,3 +132,45 @@ def test_what_decides_a_run_and_what_does_not() -> None:
     assert difference(here, other.deciding()) == "data.sources.web.weight was 1.0, now 2.0"
     assert difference(here, settings("optimizer.base_lr=1").deciding()) is not None
     assert difference(here, {key: value for key, value in here.items() if key != "seed"}) == "seed was 0, now None"
+
+
+def test_images_by_their_places(tmp_path: Path, tiny_run: Path) -> None:
+    found = load_settings("laptop", ["data.sources.images.weight=2"], [str(tiny_run), "photos"]).data.sources
+    assert {name: source.images for name, source in found.items()} == {
+        "images": str(tiny_run / "shards"),
+        "images-2": str(Path("photos").absolute()),
+    }
+    assert found["images"].weight == 2
+    (tmp_path / "a.yaml").write_text("data: {sources: {web: {images: x}}, workers: 3}\n")
+    data = load_settings(str(tmp_path / "a.yaml"), images="s3://bucket/*.parquet").data
+    assert data.sources["images"].images == "s3://bucket/*.parquet" and len(data.sources) == 1 and data.workers == 3
+
+
+def test_places_in_a_file_are_beside_it_and_in_overrides_here(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    evaluation = "evaluation: {train: a.parquet, test: s3://b/c.parquet}\n"
+    file.write_text(f"model: {{variant: tiny}}\nteacher: {{model: runs/net}}\n{evaluation}")
+    found = load_settings(str(file))
+    assert found.teacher is not None and found.teacher.model == str(tmp_path / "runs/net")
+    assert (found.evaluation.train, found.evaluation.test) == (str(tmp_path / "a.parquet"), "s3://b/c.parquet")
+    for given, expected in (("vit:net", Path("net").absolute()), ("dinov2_vits14", "dinov2_vits14"), ("/a", "/a")):
+        found = load_settings(str(file), [f"teacher.model={given}", "evaluation.train=b"])
+        assert found.teacher is not None and found.teacher.model == str(expected)
+        assert found.evaluation.train == str(Path("b").absolute())
+
+
+def test_shares_of_the_run_follow_its_length() -> None:
+    spans = ("schedule.warmup=0.1", "schedule.freeze_last_layer=0.02", "loss.teacher_temperature_warmup=0.5")
+    for steps in (100, 40):
+        made = make_schedules(settings(f"schedule.steps={steps}", *spans), 4)
+        lengths = (made.warmup_steps, made.freeze_last_layer_steps, made.teacher_temperature_steps)
+        assert lengths == (steps // 10, round(steps / 50), steps // 2)
+    with pytest.raises(ConfigError, match=r"schedule\.warmup"):
+        settings("schedule.warmup=1.5")
+
+
+def test_masks_that_would_hide_nothing_are_refused() -> None:
+    alone = World(0, 1, torch.device("cpu"), None)
+    with pytest.raises(ConfigError, match="no patch of a batch would be masked"):
+        MakeBatch(settings("masks.crops=0.1"), alone)
+    MakeBatch(settings("masks.crops=0.1", "loss.ibot=0"), alone)
