@@ -17,8 +17,8 @@ COPIES = 10
 PARTITION_BYTES = 8
 """A worker's memory for each number of a vector of its partition: about 4 kB a vector of 512 (docs/benchmarks.md)."""
 PAIRS_PER_SECOND = 8e8
-"""That one core compares where they meet in lists, sieve and all: pairs over the CPU seconds of step `pairs` of ten
-million vectors (docs/benchmarks.md). An accelerator multiplies in place of counting bits."""
+"""That one core compares where they meet in lists, sieve and all: pairs over the CPU seconds of step `pairs` of a
+million vectors with 64 lists joined (docs/benchmarks.md). An accelerator multiplies in place of counting bits."""
 EXACT_NODE_BYTES, IMAGE_BYTES = 128, 110
 """Bytes an image: of the forest in each worker of the exact join; of the one task that finds components."""
 

@@ -170,9 +170,9 @@ def test_the_papers_pool_is_priced_at_the_stated_rates() -> None:
     tables = {table.title: table for table in plan_tables(load_recipe("lvd142m"), None)}
     rows = {(row[0], row[1]): row[2:] for row in tables["Cost of dedup"].rows}
     assert rows["exact (too many)", "join"][:3] == ["8.7e+20", "632,515", "481"]  # 1.3e9 squared times 512
-    assert rows["partitioned (chosen)", "lists"][:2] == ["1.2e+17", "85"]  # an eighth of 65,536 lists is ranked
-    assert rows["partitioned (chosen)", "joins"] == ["1.7e+19", "12,354", "9.4", None, "4.1 GB"]
-    assert rows["partitioned (chosen)", "scatter"][3] == "133.1 TB"
+    assert rows["partitioned (chosen)", "lists"][:2] == ["1.3e+17", "96"]  # a quarter of 65,536 lists is ranked
+    assert rows["partitioned (chosen)", "joins"] == ["6.3e+18", "2,149", "3.5", None, "4.1 GB"]
+    assert rows["partitioned (chosen)", "scatter"][3] == "79.9 TB"
     assert tables["What the cost of dedup rests on"].rows[0][1] == "1,300,000,000"
 
 
