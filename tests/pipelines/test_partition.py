@@ -83,8 +83,8 @@ def test_pairs_meet_where_their_lists_say(
     """None: in place."""
     world = make_world(tmp_path, seed, pool_sizes=(90, 60), num_families=70, dim=14)
     settings = lists_of(40, lists_joined, quantizers=1 + seed % 2, **travelling(partition_rows))
-    execute(dedup_unit(tmp_path, world, references=[], join=settings, threshold=0.7))
-    pairs, meet = all_pairs(world, 0.7), met(tmp_path, lists_joined)
+    execute(dedup_unit(tmp_path, world, references=[], join=settings, threshold=0.6))
+    pairs, meet = all_pairs(world, 0.6), met(tmp_path, lists_joined)
     expected = [(a, b, s) for a, b, s in pairs if meet(a, b)]
     check_forest(stored_forest(tmp_path), expected, 150)
     assert maximum_forest(expected, 150) != maximum_forest(pairs, 150)  # else the lists would tell nothing
