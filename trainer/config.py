@@ -62,8 +62,9 @@ class DataSettings(Settings):
 class CropSettings(Settings):
     """Two global and some local crops of each image: sides in pixels, areas as shares of the image.
 
-    `colors` names the probabilities of blur as they are in effect: `dinov2` (0, 0.9, 0.5) and `dino` (1, 0.1, 0.5) for
-    the first global crop, the second, and local ones.
+    `colors` names the probabilities of blur as they are in effect: `dinov2` (0, 0.9, 0.5), `dino` (1, 0.1, 0.5) and
+    `sharp` (none) for the first global crop, the second, and local ones. The blur reaches up to 4 pixels whatever the
+    size of crops, so of crops of some 16 pixels it leaves little.
     """
 
     global_size: Positive = 224
@@ -71,7 +72,7 @@ class CropSettings(Settings):
     local_size: Positive = 98
     local_scale: Scale = (0.05, 0.32)
     local_crops: Positive = 8
-    colors: Literal["dinov2", "dino"] = "dinov2"
+    colors: Literal["dinov2", "dino", "sharp"] = "dinov2"
 
 
 class MaskSettings(Settings):

@@ -26,8 +26,8 @@ from trainer.photometric import MIN_SIDE
 GLOBAL_CROPS = 2
 TRIES = 10
 """Boxes drawn for a crop before the largest central one is taken."""
-BLURS = {"dinov2": (0.0, 0.9, 0.5), "dino": (1.0, 0.1, 0.5)}
-"""Blur of the first global, second global and local crops: of DINOv2's code as it runs, and as DINO's paper has it.
+BLURS = {"dinov2": (0.0, 0.9, 0.5), "dino": (1.0, 0.1, 0.5), "sharp": (0.0, 0.0, 0.0)}
+"""Blur of the first global, second global and local crops: of DINOv2's code as it runs, as DINO's paper has it, none.
 
 DINOv2's code says 1.0, 0.1 and 0.5, but applies blur with what is missing to 1; its models were trained so.
 """
@@ -57,7 +57,7 @@ class CropSettings:
         brightness, contrast, saturation: factors lie within 1 - this and 1 + this, not below 0.
         hue: turns of the colour circle, to either side, up to 0.5.
         gray: of colours taken away.
-        blur: of the first global, the second global and the local crops; `BLURS` has those published.
+        blur: of the first global, the second global and the local crops; `BLURS` has those with a name.
         sigma: of the blur, in pixels of the crop.
         solarize: of the second global crop.
 
