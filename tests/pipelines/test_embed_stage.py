@@ -119,9 +119,10 @@ def test_threads_that_decode_change_nothing(tmp_path: Path, model: HashModel, se
     model.preprocess = slow  # type: ignore[method-assign]
     execute(embed_unit(tmp_path, out="one", decode_threads=1))
     assert used == {"ordered_map_0"}
+    used.clear()
     execute(embed_unit(tmp_path, out="five", decode_threads=5))
     assert fingerprints(tmp_path / "one") == fingerprints(tmp_path / "five")
-    assert "ordered_map_4" in used and threading.main_thread().name not in used
+    assert len(used) > 1 and threading.main_thread().name not in used  # a pool begins no thread while one is idle
 
 
 def test_images_of_several_shapes_go_one_at_a_time(tmp_path: Path, model: HashModel) -> None:
