@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.hashing import keyed_hash
-from curation.scoring import Vectors, compiled, norms, readable, widen
+from curation.scoring import Vectors, compiled, inlined, norms, readable, widen
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -159,8 +159,13 @@ def allowances(codes: Codes, other: float) -> Int32:
     return np.ceil((1.0 + other) * codes.error.astype(np.float64) / codes.scale**2).astype(np.int32)
 
 
+@inlined
+def margin(error: Any, other: Any) -> Any:
+    """How far the score of two vectors with these errors can lie above what their codes say."""
+    return error + other + error * other + 2 * SLACK
+
+
 def at_most(product: Int32, error: Float32, other: Float32, scale: float) -> Float32:
     """The highest score that pairs with these products of codes and these errors can have, float32 [m]."""
-    margin = error + other + error * other + np.float32(2 * SLACK)
-    bound: Float32 = product.astype(np.float32) * np.float32(scale**2) + margin
+    bound: Float32 = product.astype(np.float32) * np.float32(scale**2) + margin(error, other)
     return bound

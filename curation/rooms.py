@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from curation.codes import SLACK
+from curation.codes import SLACK, margin
 from curation.join import Rows
 from curation.scoring import compiled, inlined, readable, widen
 
@@ -139,22 +139,22 @@ def hold(i: Int32, j: Int32, product: Int32, rooms: Rooms, mine: Side, its: Side
     for t in range(i.shape[0]):
         q, e, f = i[t], mine.error[i[t]], its.error[j[t]]
         middle = product[t] * rooms.bounds[0]
-        margin = e + f + e * f + 2.0 * SLACK  # as `codes.at_most` has it
-        if middle + margin < rooms.floor[q]:
+        off = margin(e, f)
+        if middle + off < rooms.floor[q]:
             continue
         if rooms.held[q] == width and not rooms.is_full[q]:
             _cut(q, rooms, mine.error)
             if rooms.held[q] > width // 2:
                 _sharpen(q, rooms, mine, its, room)
             rooms.is_full[q] = rooms.held[q] >= width - width // 4
-            if middle + margin < rooms.floor[q]:
+            if middle + off < rooms.floor[q]:
                 continue
         if rooms.is_full[q]:
             over[left] = t
             left += 1
             continue
         at = rooms.held[q]
-        rooms.row[q, at], rooms.least[q, at], rooms.most[q, at] = j[t], middle - margin, middle + margin
+        rooms.row[q, at], rooms.least[q, at], rooms.most[q, at] = j[t], middle - off, middle + off
         rooms.held[q] = at + 1
     return left
 

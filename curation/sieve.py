@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from curation.codes import SLACK, Codes
+from curation.codes import Codes, margin
 from curation.forest import Forest, is_decided
-from curation.scoring import compiled, popcount
+from curation.scoring import compiled, inlined, popcount
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -73,6 +73,14 @@ def _turn_loop(sketch: UInt64, rows: Int32, turned: UInt64) -> None:
             turned[word, j] = sketch[rows[j], word]
 
 
+@inlined
+def _product(codes: Int8, i: int, j: int) -> np.int32:
+    total = np.int32(0)
+    for n in range(codes.shape[1]):
+        total += np.int32(codes[i, n]) * np.int32(codes[j, n])
+    return total
+
+
 @compiled
 def _sieve_loop(
     sketch: UInt64,
@@ -124,12 +132,9 @@ def _sieve_loop(
                     left -= 1
                     other = own[start + t]
                     if not upper or guest < other:
-                        total = np.int32(0)
-                        for n in range(codes.shape[1]):
-                            total += np.int32(codes[guest, n]) * np.int32(codes[other, n])
+                        total = _product(codes, guest, other)
                         if total + allowance[other] >= cutoff[guest]:
-                            margin = error[guest] + error[other] + error[guest] * error[other] + np.float32(2 * SLACK)
-                            bound = np.float32(total) * scale + margin
+                            bound = total * scale + margin(error[guest], error[other])
                             if not levels.shape[0] or not is_decided(parent, levels, nodes[guest], nodes[other], bound):
                                 i[found], j[found], product[found] = guest, other, total
                                 found += 1
@@ -152,7 +157,7 @@ def sieved(
     """Pairs of chosen rows whose sketches differ in at most `most` bits and whose codes reach their cutoff.
 
     Args:
-        sketch, codes: of all rows, uint64 [n, WORDS] and int8 [n, k].
+        sketch, codes: of all rows; sketches are uint64 [n, WORDS].
         guests, own: the rows, int32 [g] and int32 [s].
         most: as `most_bits` tells.
         cutoff, allowance: of all rows, int32 [n]; see `codes.cutoffs`.
@@ -164,7 +169,7 @@ def sieved(
         i int32 [t] of `guests`, j int32 [t] of `own` and products of their codes, int32 [t].
     """
     i, j, product = np.empty((3, ROOM), np.int32)
-    nodes = own if nodes is None else nodes
+    nodes = own if nodes is None else nodes  # without a forest they are not read
     levels, parent = (np.zeros(0, np.float32), NO_PARENT) if forest is None else (forest.levels, forest.parent)
     known = nodes, codes.error, np.float32(codes.scale**2), levels, parent
     for start in range(0, len(own), OWN_ROWS):

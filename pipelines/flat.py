@@ -52,7 +52,7 @@ LEADS = pa.schema([("lead", pa.int64()), ("similarity", pa.float32())])
 
 
 def bytes_flat(num_nodes: int, dim: int) -> int:
-    """What the files take."""
+    """What the files take at most: short vectors have no sketches."""
     return num_nodes * (2 * dim + _code_length(dim) + 8 * WORDS)
 
 
@@ -142,8 +142,7 @@ class Flat:
         self._codes = _mapped(_path(uri, "codes"), np.int8, (count, _code_length(dim)))
         self._sketches: npt.NDArray[np.uint64] | None = None
         if info["sketched"]:
-            # Held, not mapped: numpy asks for large pages, without which most of a sketch's time is its address's.
-            self._sketches = np.fromfile(_path(uri, "sketches"), np.uint64).reshape(count, WORDS)
+            self._sketches = _mapped(_path(uri, "sketches"), np.uint64, (count, WORDS))
 
     def __len__(self) -> int:
         return len(self.vectors)

@@ -64,7 +64,7 @@ class CropSettings(Settings):
 
     `colors` names the probabilities of blur as they are in effect: `dinov2` (0, 0.9, 0.5), `dino` (1, 0.1, 0.5) and
     `sharp` (none) for the first global crop, the second, and local ones. The blur reaches up to 4 pixels whatever the
-    size of crops, so of crops of some 16 pixels it leaves little.
+    size of crops, which is much of a crop of 16.
     """
 
     global_size: Positive = 224
