@@ -150,6 +150,19 @@ def _unit_loop(x: npt.NDArray[Any], norm: npt.NDArray[np.float64], out: npt.NDAr
 
 LANES = 4
 """Pairs scored side by side: each sum waits for its own last addition, not for the others'."""
+FETCHED = 16
+"""Pairs whose rows are fetched from memory side by side; a multiple of LANES."""
+LINE = 64
+"""Bytes of a line of the cache."""
+
+
+@inlined
+def touched(row: npt.NDArray[Any]) -> int:
+    """Read a number of each line of the cache that a row lies on: loads that do not wait for each other."""
+    seen = 0
+    for t in range(0, row.shape[0], LINE // row.itemsize):
+        seen += row[t]
+    return seen
 
 
 @compiled
@@ -161,12 +174,16 @@ def _cosine_loop(
     j: npt.NDArray[np.int64],
     y_norms: npt.NDArray[np.float64],
     out: npt.NDArray[np.float32],
-) -> None:
-    dim, count = x.shape[1], i.shape[0]
+) -> int:
+    """Fill `out`; what is returned means nothing, it keeps the compiler from leaving out what is read ahead."""
+    dim, count, seen = x.shape[1], i.shape[0], 0
     bits = np.empty(dim, np.int32)
     values = np.empty((2 * LANES, dim), np.float64)
     held = np.full(LANES, -1, np.int64)
     for start in range(0, count, LANES):
+        if start % FETCHED == 0:
+            for pair in range(start, min(start + FETCHED, count)):
+                seen += touched(x[i[pair]]) + touched(y[j[pair]])
         for lane in range(LANES):
             pair = min(start + lane, count - 1)
             a, b = i[pair], j[pair]
@@ -188,6 +205,7 @@ def _cosine_loop(
         for lane in range(min(LANES, count - start)):
             scale = x_norms[i[start + lane]] * y_norms[j[start + lane]]
             out[start + lane] = dots[lane] / scale if scale > 0.0 else 0.0
+    return seen
 
 
 def check_comparable(x: Vectors, y: Vectors) -> None:

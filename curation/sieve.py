@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from curation.codes import Codes, margin
 from curation.forest import Forest, is_decided
-from curation.scoring import compiled, inlined, popcount
+from curation.scoring import FETCHED, compiled, inlined, popcount, touched
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -73,34 +73,17 @@ def _turn_loop(sketch: UInt64, rows: Int32, turned: UInt64) -> None:
             turned[word, j] = sketch[rows[j], word]
 
 
-@inlined
-def _product(codes: Int8, i: int, j: int) -> np.int32:
-    total = np.int32(0)
-    for n in range(codes.shape[1]):
-        total += np.int32(codes[i, n]) * np.int32(codes[j, n])
-    return total
-
-
 @compiled
 def _sieve_loop(
     sketch: UInt64,
-    codes: Int8,
     own: Int32,
     turned: UInt64,
     guests: Int32,
     first: int,
     upper: bool,
     limit: int,
-    cutoff: Int32,
-    allowance: Int32,
-    nodes: npt.NDArray[Any],
-    error: Float32,
-    scale: np.float32,
-    levels: Float32,
-    parent: Int32,
     i: Int32,
     j: Int32,
-    product: Int32,
 ) -> tuple[int, int]:
     """Sieve guests[first:] against `own`; returns how many pairs were found, and the first guest not looked at."""
     found, most = 0, np.uint64(limit)
@@ -130,16 +113,54 @@ def _sieve_loop(
             while left:
                 if line[t] <= most:
                     left -= 1
-                    other = own[start + t]
-                    if not upper or guest < other:
-                        total = _product(codes, guest, other)
-                        if total + allowance[other] >= cutoff[guest]:
-                            bound = total * scale + margin(error[guest], error[other])
-                            if not levels.shape[0] or not is_decided(parent, levels, nodes[guest], nodes[other], bound):
-                                i[found], j[found], product[found] = guest, other, total
-                                found += 1
+                    if not upper or guest < own[start + t]:
+                        i[found], j[found] = guest, own[start + t]
+                        found += 1
                 t += 1
     return found, guests.shape[0]
+
+
+@inlined
+def _product(codes: Int8, i: int, j: int) -> np.int32:
+    x, y, total = codes[i], codes[j], np.int32(0)
+    for n in range(x.shape[0]):  # cut back to 32 bits at each step: numba widens to 64, which takes three times as long
+        total = np.int32(total + np.int32(np.int32(x[n]) * np.int32(y[n])))
+    return total
+
+
+@compiled
+def _product_loop(
+    codes: Int8,
+    cutoff: Int32,
+    allowance: Int32,
+    nodes: npt.NDArray[Any],
+    error: Float32,
+    scale: np.float32,
+    levels: Float32,
+    parent: Int32,
+    i: Int32,
+    j: Int32,
+    product: Int32,
+    count: int,
+) -> tuple[int, int]:
+    """Move those of the first `count` pairs that are left to the front; returns how many (and a sum of no meaning)."""
+    kept, seen, last = 0, 0, -1
+    for t in range(count):
+        if t % FETCHED == 0:
+            for ahead in range(t, min(t + FETCHED, count)):
+                if i[ahead] != last:
+                    last = i[ahead]
+                    seen += touched(codes[last])
+        guest, other = i[t], j[t]
+        total = _product(codes, guest, other)
+        if total + allowance[other] < cutoff[guest]:
+            continue
+        bound = total * scale + margin(error[guest], error[other])
+        if levels.shape[0] and is_decided(parent, levels, nodes[guest], nodes[other], bound):
+            continue
+        i[kept], j[kept], product[kept] = guest, other, total
+        kept += 1
+    return kept, seen
 
 
 def sieved(
@@ -171,28 +192,14 @@ def sieved(
     i, j, product = np.empty((3, ROOM), np.int32)
     nodes = own if nodes is None else nodes  # without a forest they are not read
     levels, parent = (np.zeros(0, np.float32), NO_PARENT) if forest is None else (forest.levels, forest.parent)
-    known = nodes, codes.error, np.float32(codes.scale**2), levels, parent
+    known = codes.values, cutoff, allowance, nodes, codes.error, np.float32(codes.scale**2), levels, parent
     for start in range(0, len(own), OWN_ROWS):
         block = own[start : start + OWN_ROWS]
         turned = np.empty((WORDS, len(block)), np.uint64)
         _turn_loop(sketch, block, turned)
         first, last = 0, np.searchsorted(guests, block[-1]) if upper else len(guests)
         while first < last:
-            found, first = _sieve_loop(
-                sketch,
-                codes.values,
-                block,
-                turned,
-                guests[:last],
-                first,
-                upper,
-                most,
-                cutoff,
-                allowance,
-                *known,
-                i,
-                j,
-                product,
-            )
-            if found:
-                yield i[:found].copy(), j[:found].copy(), product[:found].copy()
+            found, first = _sieve_loop(sketch, block, turned, guests[:last], first, upper, most, i, j)
+            kept, _ = _product_loop(*known, i, j, product, found)
+            if kept:
+                yield i[:kept].copy(), j[:kept].copy(), product[:kept].copy()
