@@ -29,7 +29,7 @@ OPERATIONS_PER_SECOND = 3.8e11
 VECTORS_PER_LIST = 512
 """Of lists this long a sieve drops most in a few cycles a pair; shorter ones take longer to rank than to compare."""
 LISTS_JOINED = 40
-LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 3, 1
+LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 3, 2
 """More nodes have more borders between those alike (docs/benchmarks.md)."""
 MAX_LISTS = 65_536
 CACHED = 0.75
