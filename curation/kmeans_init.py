@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.assignment import Nearest
-from curation.distances import Metric, Points, Space, encode_points
+from curation.distances import Metric, Points, Space, encode_points, squared_pairs
 from curation.hashing import keyed_hash
-from curation.scoring import Vectors, to_unit
+from curation.scoring import Vectors, cosine_pairs, to_unit
 
 Init = Literal["subsample", "k-means++", "k-means||"]
 Int64 = npt.NDArray[np.int64]
@@ -72,10 +72,23 @@ def _uniform(draws: npt.NDArray[np.uint64]) -> Float64:
 
 def _distance(points: Points, rows: Int64, space: Space, nearest: Nearest) -> Float64:
     """Distance of each point to the nearest of some of them, which have none to themselves."""
-    others = encode_points(as_centroids(points.x[rows], space.metric), space)
-    distance = nearest.exact(points, others, space)[1].astype(np.float64)
+    others = as_centroids(points.x[rows], space.metric)
+    if len(rows) == 1:
+        distance = _distance_to_one(points, others, space.metric)
+    else:
+        distance = nearest.exact(points, encode_points(others, space), space)[1].astype(np.float64)
     distance[rows] = 0.0
     return distance
+
+
+def _distance_to_one(points: Points, other: Float32, metric: Metric) -> Float64:
+    """What `Nearest.exact` gives for one centroid [1, d]: k-means++ asks k times, and there is nothing to search."""
+    every, same = np.arange(len(points)), np.zeros(len(points), np.int64)
+    if metric == "cosine":
+        found = np.float32(1) - cosine_pairs(other, same, points.x, every, None, points.length)
+    else:
+        found = squared_pairs(other, same, points.x, every)
+    return found.astype(np.float64)
 
 
 def _plus_plus(points: Points, weight: Float64, num_clusters: int, space: Space, seed: int, nearest: Nearest) -> Int64:
