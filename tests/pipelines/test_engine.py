@@ -158,8 +158,8 @@ def test_what_was_resolved_is_recorded(tmp_path: Path) -> None:
         (0, "exact", {}),
         (1_000_000, "exact", {}),
         (1_000_001, "partitioned", {"num_lists": 2_048, "lists_joined": 40, "quantizers": 3}),
-        (10_000_000, "partitioned", {"num_lists": 16_384, "lists_joined": 40, "quantizers": 4}),
-        (1_200_000_000, "partitioned", {"num_lists": 65_536, "lists_joined": 40, "quantizers": 6}),
+        (10_000_000, "partitioned", {"num_lists": 16_384, "lists_joined": 40, "quantizers": 5}),
+        (1_200_000_000, "partitioned", {"num_lists": 65_536, "lists_joined": 40, "quantizers": 9}),
     ],
 )
 def test_auto_takes_the_engine_by_the_number_of_vectors(num_nodes: int, name: str, values: dict[str, Any]) -> None:

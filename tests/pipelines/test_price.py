@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation import clustering, kmeans_rounds
+from curation import clustering, kmeans_init, kmeans_rounds
 from curation.assignment import Nearest
 from curation.distances import Points, Space
 from pipelines import price_clusters
@@ -32,13 +32,18 @@ def made_and_priced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **values: A
         parts = cut(range(size), [*range(ROWS_PER_PART, size, ROWS_PER_PART)])
         write_embeddings(tmp_path / "e" / name, name, [([ids[i] for i in part], x[list(part)]) for part in parts])
         write_verdicts(tmp_path / "d" / name, name, ids, np.ones(size, np.bool_), parts)
-    products, search = [0], Nearest._search
+    products, search, to_one = [0], Nearest._search, kmeans_init._distance_to_one
 
     def counted(nearest: Nearest, points: Points, centroids: Points, space: Space, scored: bool) -> Any:
         products[0] += len(points) * len(centroids)
         return search(nearest, points, centroids, space, scored)
 
+    def counted_one(points: Points, other: Any, metric: Any) -> Any:
+        products[0] += len(points)
+        return to_one(points, other, metric)
+
     monkeypatch.setattr(Nearest, "_search", counted)
+    monkeypatch.setattr(kmeans_init, "_distance_to_one", counted_one)
     monkeypatch.setattr(kmeans_rounds, "has_converged", lambda *args: False)
     made = unit(tmp_path, **values)
     execute(made)
