@@ -60,7 +60,7 @@ def test_strengths_are_the_published_ones() -> None:
 
 
 def test_the_strength_is_chosen_on_held_out_rows_and_all_are_used_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logistic, "STRENGTHS", (1e-6, 1e-2, 1.0, 1e3))
+    monkeypatch.setattr(logistic, "STRENGTHS", (1e-2, 0.1, 1.0, 1e3))
     train, labels = blobs(120, 4, 3, 1, spread=2.0, blocks=2)
     test, truth = blobs(80, 4, 3, 2, spread=2.0, blocks=2)
     result = evaluate_logistic(feature_set(train, labels), feature_set(test, truth), seed=2)
@@ -69,7 +69,7 @@ def test_the_strength_is_chosen_on_held_out_rows_and_all_are_used_in_the_end(mon
     scores = {
         c: accuracy(fit(x[kept], labels[kept], c, zero_model(3, 4)), x[held], labels[held]) for c in result.held_out
     }
-    assert result.held_out == scores and list(scores) == [1e-6, 1e-2, 1.0, 1e3]
+    assert result.held_out == scores and list(scores) == [1e-2, 0.1, 1.0, 1e3]
     assert result.strength == min(c for c in scores if scores[c] == max(scores.values()))
     assert result.accuracy == accuracy(fit(x, labels, result.strength, zero_model(3, 4)), queries, truth)
     assert result.accuracy > 0.4
