@@ -191,13 +191,15 @@ class Follower:
     def __init__(self, run: Path, display: Display, begin: int, images_per_step: int) -> None:
         self._file, self._display, self._shown, self._images = run / FILE, display, begin, images_per_step
         self._offset = self._file.stat().st_size if self._file.exists() else 0
+        self._inode = self._file.stat().st_ino if self._file.exists() else 0
 
     def look(self) -> None:
         """Show what has been written since the last look."""
         try:
             with self._file.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self._offset:
-                    self._offset = 0  # rewritten by a run that goes on
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:  # rewritten by a run that goes on; its size may be any by now
+                    self._inode, self._offset = inode, 0
                 file.seek(self._offset)
                 written = file.read()
         except OSError:
@@ -215,7 +217,10 @@ class Follower:
 
 
 def drop_after(file: Path, step: int) -> None:
-    """Remove lines of steps after `step`, which a resumed run does again, and a line that was cut short."""
+    """Remove lines of steps after `step`, which a resumed run does again, and a line that was cut short.
+
+    The file becomes another, complete at once: a Follower sees that, and never half of it.
+    """
     if not file.exists():
         return
     kept = []
@@ -225,7 +230,9 @@ def drop_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    file.write_text("".join(kept))
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(kept))
+    partial.replace(file)
 
 
 def _duration(seconds: float) -> str:

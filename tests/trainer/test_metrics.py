@@ -133,3 +133,22 @@ def test_what_another_process_writes_is_shown(tmp_path: Path, capsys: pytest.Cap
         follower.look()
     shown = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in shown] == ["step 4/9", "step 4: knn_20 0.25"]
+
+
+def test_a_follower_reads_a_rewritten_file_from_its_beginning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    clock = Clock()
+    follower = Follower(tmp_path, Display(9, 0, clock=lambda: 10 * clock()), 0, 4)
+    numbers = {**NUMBERS, "images_per_second": 8.0}
+    file.write_text("".join(json.dumps({"step": step, **numbers}) + "\n" for step in (1, 2, 3)))
+    follower.look()
+    size = file.stat().st_size
+    drop_after(file, 2)
+    with file.open("a") as more:  # longer than it was, so that the old end lies within a line
+        more.writelines(json.dumps({"step": step, **numbers, "norm": 0.123456789}) + "\n" for step in (3, 4, 5))
+    assert file.read_bytes()[size - 1 : size] != b"\n"
+    capsys.readouterr()
+    follower.look()
+    assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == ["step 4/9", "step 5/9"]
