@@ -3,12 +3,14 @@
     python -m benchmarks.learning learn --data DIR --out RUNS [--seeds 0] [--steps N]
     python -m benchmarks.learning control --data DIR --out RUNS [--seeds 0] [--steps N]
     python -m benchmarks.learning distill --data DIR --out RUNS --teacher RUN [--seeds 0 1 2] [--steps N]
+    python -m benchmarks.learning finish --data DIR --out RUNS --teacher RUN [--seeds 0] [--steps N]
 
 DIR holds `cifar10_train.parquet` (columns image, label). Its first 45,000 rows are trained on, without labels, and are
 the bank of k-NN (k=20, T=0.07); the other 5,000 ask. `learn` trains a ViT of depth 6, width 192, patches of 4 pixels.
 `control` does the same, but the teacher sees other images than the student, so that nothing can be learnt of them.
 `distill` trains a smaller network three times a seed: alone, from the teacher, and alone for as much CPU time as that
-took. A run goes on where it was interrupted; one that is done is read again.
+took. `finish` goes on with RUN at the images' own 32 pixels. A run goes on where it was interrupted; one that is done
+is read again.
 
 Printed: k-NN of raw pixels, of untrained networks and of trained ones; retrieval, the share of the 5,000 images that
 are the nearest to a random crop of theirs (a global one of the training, colours changed); the curve over steps, and
@@ -48,18 +50,20 @@ from trainer.start import open_weights
 from trainer.step import augmented
 from trainer.train import train
 
+IMAGES = "cifar10_train.parquet"
 BANK_ROWS = 45_000
 CURVE_BANK = 10_000
 """Of the bank, for the curve."""
 K = 20
-SIDE = 24
-"""Pixels a side at which networks are examined."""
+SIDE, FINISHED_SIDE = 24, 32
+"""Pixels a side at which networks are examined; those of `finish` at both."""
 PRECISION = "bfloat16"
 """Of the products in networks that are examined."""
 POINTS = 12
 """Evaluations on a curve."""
-STEPS = {"learn": 5000, "control": 1000, "distill": 1000}
+STEPS = {"learn": 5000, "control": 1000, "distill": 1000, "finish": 300}
 SMALL = ["model.dim=96", "model.depth=4"]
+FINISH = ["crops.global_size=32", "crops.local_size=16", "optimizer.base_lr=0.001", "schedule.momentum=[0.99, 1.0]"]
 
 SETTINGS = [
     *("model.dim=192", "model.depth=6", "model.heads=3", "model.patch_size=4", "model.layer_scale=1.0"),
@@ -89,10 +93,11 @@ class Exam:
     Args:
         data: the file of images.
         settings: that crops are made by.
+        side: of the images that networks see.
     """
 
-    def __init__(self, data: Path, settings: TrainSettings) -> None:
-        self.preprocessing = evaluation_preprocessing(SIDE, SIDE)
+    def __init__(self, data: Path, settings: TrainSettings, side: int = SIDE) -> None:
+        self.preprocessing = evaluation_preprocessing(side, side)
         self.bank, self.queries = Labelled(str(data), stop=BANK_ROWS), Labelled(str(data), start=BANK_ROWS)
         some = Labelled(str(data), stop=BANK_ROWS, sample=CURVE_BANK)
         self.subset = gauges.load_subset(some, self.queries, self.preprocessing)
@@ -170,13 +175,15 @@ def settings_of(given: argparse.Namespace, seed: int, steps: int, *changes: str)
     return validate(TrainSettings, override({}, [*SETTINGS, *own, *changes, *given.set]), "settings")
 
 
-def trained(settings: TrainSettings, run: Path, exam: Exam, mismatched: bool = False) -> dict[str, float]:
+def trained(
+    settings: TrainSettings, run: Path, exam: Exam, mismatched: bool = False, init: str | None = None
+) -> dict[str, float]:
     """Train a network, go on or read what was done; gives `Exam.full` of it and its `cpu_s`."""
     patch: AbstractContextManager[Any] = nullcontext()
     if mismatched:
         patch = mock.patch.object(trainer.build, "SelfDistillation", Mismatched)
     with patch:
-        train(settings, run, resume=run.exists(), device="cpu", evaluate=Watch(run, exam))
+        train(settings, run, resume=run.exists(), init=init, device="cpu", evaluate=Watch(run, exam))
     return exam.full(open_weights(str(run)).backbone) | {"cpu_s": curve(run)[-1]["cpu_s"]}
 
 
@@ -222,6 +229,20 @@ def distill(given: argparse.Namespace, exam: Exam) -> None:
     ends = [["teacher", *measured(teacher)], ["smaller, untrained", *measured(small)]]
     show("Distillation", ["network", *MEASURED], [*ends, *rows])
     show("Points of k-NN by distillation", ["seed", "at equal steps", "at equal CPU time"], gains)
+
+
+def finish(given: argparse.Namespace, exam: Exam) -> None:
+    """Go on with a trained network on larger crops, and print what it makes of both sizes before and after."""
+    steps, seed = given.steps or STEPS["finish"], given.seeds[0]
+    run, settings = Path(given.out) / f"finish-{steps}-seed{seed}", settings_of(given, seed, steps, *FINISH)
+    larger = Exam(Path(given.data) / IMAGES, settings, FINISHED_SIDE)
+    spent = trained(settings, run, larger, init=given.teacher)["cpu_s"]
+    rows = [
+        [f"{when}, seen at {side} pixels", *measured(at.full(open_weights(place).backbone) | {"cpu_s": cpu})]
+        for when, place, cpu in (("before", given.teacher, 0.0), (f"after {steps:,} steps", str(run), spent))
+        for side, at in ((SIDE, exam), (FINISHED_SIDE, larger))
+    ]
+    show("A finish on larger crops", ["network", *MEASURED], rows)
 
 
 MEASURED = ["k-NN", "retrieval", "std of class tokens", "distance to the nearest", "CPU min"]
@@ -272,17 +293,17 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--teacher", help="a run to distil from")
+    parser.add_argument("--teacher", help="a run to distil from, or to finish")
     parser.add_argument("--set", nargs="*", default=[], help="settings to change, such as optimizer.base_lr=2e-3")
     given = parser.parse_args()
-    if given.mode == "distill" and not given.teacher:
-        parser.error("distill needs --teacher, a run of learn")
+    if given.mode in ("distill", "finish") and not given.teacher:
+        parser.error(f"{given.mode} needs --teacher, a run of learn")
     torch.set_num_threads(1)
-    data = Path(given.data) / "cifar10_train.parquet"
+    data = Path(given.data) / IMAGES
     given.rows = write_rows(data, Path(given.out))
     exam = Exam(data, settings_of(given, 0, 1))
     print(f"{machine()}, torch {torch.__version__}, 1 thread\n", flush=True)
-    (distill if given.mode == "distill" else learn)(given, exam)
+    {"distill": distill, "finish": finish}.get(given.mode, learn)(given, exam)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from benchmarks.cluster import points
 from benchmarks.dedup import Recorder
@@ -87,6 +88,7 @@ def cpu_of(work: Callable[[], object]) -> float:
 
 def streamed(options: argparse.Namespace, place: str) -> None:
     """A sample larger than what is held, and the assignment of all."""
+    torch.set_num_threads(1)
     uris = write_vectors(place, options.count)
     sample, (k,) = options.sample, options.k
     settings = ClusterSettings(

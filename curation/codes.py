@@ -92,9 +92,10 @@ def _encode_loop(
     error: Float32,
 ) -> None:
     count, dim = x.shape
-    bits = np.empty(dim, np.int32)
-    raw = np.empty(dim, np.float64)
-    rows = np.zeros((dim, LANES), np.float64)
+    bits, raw = np.empty(dim, np.int32), np.empty(dim, np.float64)
+    rows, whole = np.zeros((dim, LANES), np.float64), np.empty((dim, LANES), np.int32)
+    flat, flat_whole, steps = rows.reshape(-1), whole.reshape(-1), 1.0 / scale
+    squares = np.empty(LANES * LANES, np.float64)
     for first in range(0, count, LANES):
         lanes = min(LANES, count - first)
         for lane in range(lanes):
@@ -103,37 +104,46 @@ def _encode_loop(
             inverse = 1.0 / norm[n] if norm[n] > 0.0 else 0.0
             for t in range(dim):
                 rows[t, lane] = raw[order[t]] * signs[t] * inverse
-        half = 1
-        while half < block:
-            for start in range(0, dim, 2 * half):
-                for t in range(start, start + half):
-                    for lane in range(LANES):
-                        a, b = rows[t, lane], rows[t + half, lane]
-                        rows[t, lane], rows[t + half, lane] = a + b, a - b
-            half *= 2
+        # Long runs over one dimension: over rows and lanes the compiler would not see that halves do not overlap.
+        width = LANES
+        while width < block * LANES:
+            for start in range(0, dim * LANES, 2 * width):
+                above, below = flat[start : start + width], flat[start + width : start + 2 * width]
+                for u in range(width):
+                    a, b = above[u], below[u]
+                    above[u], below[u] = a + b, a - b
+            width *= 2
+        for u in range(flat.shape[0]):
+            bounded = min(max(flat[u] * steps, -127.0), 127.0)
+            flat_whole[u] = np.int32(bounded + 128.5) - np.int32(128)
+        squares[:] = 0.0
+        for start in range(0, dim * LANES, squares.shape[0]):
+            part, codes = flat[start : start + squares.shape[0]], flat_whole[start : start + squares.shape[0]]
+            for u in range(part.shape[0]):
+                off = part[u] - codes[u] * scale
+                squares[u] += off * off
         for lane in range(lanes):
-            n, squares = first + lane, 0.0
+            code = values[first + lane]
             for t in range(dim):
-                bounded = min(max(rows[t, lane] / scale, -127.0), 127.0)
-                rounded = np.int32(bounded + 128.5) - np.int32(128)
-                values[n, t] = rounded
-                raw[t] = rows[t, lane] - rounded * scale
-            for t in range(dim):
-                squares += raw[t] * raw[t]
-            error[n] = np.sqrt(squares) * (1.0 + 1e-6)
+                code[t] = whole[t, lane]
+            error[first + lane] = np.sqrt(squares[lane::LANES].sum()) * (1.0 + 1e-6)
 
 
-def encode(x: Vectors) -> Codes:
+def encode(x: Vectors, length: npt.NDArray[np.float64] | None = None) -> Codes:
     """Codes of the rows of `x` [n, d]; zero vectors get zero codes and no error.
 
     Holds 8 bytes a row besides the result. Raises LvdError where a row is not finite.
+
+    Args:
+        x: stored vectors [n, d].
+        length: `scoring.norms` of the rows, where they are known.
     """
     dim = x.shape[1]
     order, signs, block = _rotation(dim)
     scale = RANGE / (127.0 * np.sqrt(dim))
     values = np.zeros((len(x), -(-dim // 8) * 8), dtype=np.int8)
     error = np.zeros(len(x), dtype=np.float32)
-    _encode_loop(readable(x), norms(x), order, signs, block, scale, values, error)
+    _encode_loop(readable(x), norms(x) if length is None else length, order, signs, block, scale, values, error)
     return Codes(values, error, scale)
 
 

@@ -88,7 +88,8 @@ def encode_points(x: Vectors, space: Space) -> Points:
     """
     few = x.shape[1] <= FEW_DIMENSIONS
     if space.center is None:
-        return Points(x, norms(x), None if few else encode(x))
+        length = norms(x)
+        return Points(x, length, None if few else encode(x, length))
     norms(x)  # refuses what is not finite by its row in x
     codes, length = [encode(np.zeros((0, x.shape[1]), np.float32))], np.empty(len(x))
     for start in range(0, len(x), BLOCK_ROWS):
@@ -96,7 +97,7 @@ def encode_points(x: Vectors, space: Space) -> Points:
         moved = (x[rows].astype(np.float64) - space.center).astype(np.float32)
         length[rows] = norms(moved)
         if not few:
-            codes.append(encode(moved))
+            codes.append(encode(moved, length[rows]))
     values, error = (np.concatenate([getattr(code, name) for code in codes]) for name in ("values", "error"))
     return Points(x, length, None if few else Codes(values, error, codes[0].scale))
 

@@ -143,7 +143,7 @@ REJECTS = pa.schema(
 
 def storage_options(schema: pa.Schema) -> dict[str, Any]:
     """How pyarrow is to write `schema`: images and vectors plain, as they do not compress."""
-    plain = {"image", "embedding", "centroid", "vector", "piece"}
+    plain = {"image", "embedding", "centroid", "vector", "piece", "sum"}
     unique = {"image_id", "query_image_id", "representative_id", "url", "final_url"}
     compression = {path: "none" if path.split(".")[0] in plain else "zstd" for path in _leaves(schema)}
     strings = [f.name for f in schema if pa.types.is_string(f.type) and f.name not in unique]

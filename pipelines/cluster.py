@@ -19,7 +19,7 @@ from curation import schemas, storage
 from curation.clustering import assign
 from curation.manifest import Input
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
-from pipelines.cluster_rounds import BoundStep, Kept, RoundStep, SumsStep
+from pipelines.cluster_rounds import BoundStep, Kept, RoundStep, SampleStep, SumsStep
 from pipelines.executor import Needs
 from pipelines.level_steps import ClosestStep, RefitStep, StackStep
 from pipelines.levels import centroid_table, centroids_of, kmeans_of, levels_of, num_levels, read_tree
@@ -147,11 +147,12 @@ class ClusterUnit(Unit):
         if num_sampled <= settings.memory_rows or rounds == 0:
             return [CentroidsStep(*self._at("start"), kept, settings, num_sampled)]
         bound = BoundStep(*self._at("bound"), kept, num_sampled)
-        steps: list[Step] = [bound, CentroidsStep(*self._at("start"), kept, settings, settings.memory_rows)]
+        sample = SampleStep(*self._at("sample"), kept, bound.out)
+        steps = [bound, sample, CentroidsStep(*self._at("start"), kept, settings, settings.memory_rows)]
         for turn in range(rounds):
-            sums = SumsStep(*self._at(f"sums_{turn}"), kept, bound.out, steps[-1].out)
-            where = self._at(f"round_{turn}")
-            steps += [sums, RoundStep(*where, sums.out, steps[-1].out, kept.dim, self.seed, turn)]
+            sums = SumsStep(*self._at(f"sums_{turn}"), sample.out, kept.dim, steps[-1].out)
+            where, last = self._at(f"round_{turn}"), sample.out if turn == rounds - 1 else None
+            steps += [sums, RoundStep(*where, sums.out, steps[-1].out, kept.dim, self.seed, turn, last)]
         return steps
 
     def _at(self, name: str) -> tuple[str, str, dict[str, Any], bool]:

@@ -1,7 +1,8 @@
 """Rounds of k-means over a sample that does not fit in memory, as steps: sums of groups of parts, then new centroids.
 
-A round reads the sampled vectors once, part by part. Its sums are exact, so neither the parts nor the groups change the
-centroids. Each group writes 8 d k bytes, which are deleted when its round is complete.
+The sample is written once, 2 d bytes a vector, and deleted when its last round is complete. A round reads it once, part
+by part. Its sums are exact, so neither the parts nor the groups change the centroids. Each group writes 8 d k bytes,
+which are deleted when its round is complete.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation import schemas
-from curation.distances import Space, encode_points
+from curation.distances import Points, Space, encode_points
 from curation.hashing import id_words, keyed_hash
 from curation.kmeans_rounds import Partial, combine, partial_sums, update
 from curation.partwise import fixed_size_lists, kept_ids, matrix
@@ -86,39 +87,70 @@ class BoundStep(Step):
 
 
 @dataclass
-class SumsStep(Step):
-    """Part g: what the sample of group g of parts contributes to a round. Holds 8 d k bytes and one part."""
+class SampleStep(Step):
+    """Part k: the sampled vectors of the k-th part of all pools. Holds one part."""
 
     kept: Kept
     bound: str
-    centroids: str
 
     def schema(self) -> pa.Schema:
-        fields = {"count": pa.int64(), "square": pa.float64(), "sum": pa.list_(pa.float64(), self.kept.dim)}
-        return pa.schema([pa.field(name, kind) for name, kind in fields.items()])
+        return pa.schema([pa.field("vector", pa.list_(pa.float16(), self.kept.dim))])
 
     def num_parts(self) -> int:
-        return max(1, min(GROUPS, len(self.kept.places())))
+        return len(self.kept.places())
 
     def write_part(self, part: int, writer: PartWriter) -> None:
         bound = ShardSet(self.bound).read(0)["draw"][0].as_py()
-        mine, space = self.kept.places()[part :: self.num_parts()], Space()
-        blocks = (encode_points(vectors, space) for vectors in self.kept.vectors(mine, bound))
-        found = partial_sums(blocks, centroids_of(ShardSet(self.centroids)), space)
+        (vectors,) = self.kept.vectors(self.kept.places()[part : part + 1], bound)
+        writer.write(
+            pa.table([fixed_size_lists(vectors, self.schema().field(0).type)], schema=self.schema()), GROUP_ROWS
+        )
+
+    def frees(self) -> list[str]:
+        return [self.bound]
+
+
+@dataclass
+class SumsStep(Step):
+    """Part g: what group g of the sample's parts contributes to a round. Holds 8 d k bytes and one part."""
+
+    sample: str
+    dim: int
+    centroids: str
+
+    def schema(self) -> pa.Schema:
+        fields = {"count": pa.int64(), "square": pa.float64(), "sum": pa.list_(pa.float64(), self.dim)}
+        return pa.schema([pa.field(name, kind) for name, kind in fields.items()])
+
+    def num_parts(self) -> int:
+        return max(1, min(GROUPS, ShardSet(self.sample).num_parts))
+
+    def write_part(self, part: int, writer: PartWriter) -> None:
+        found = partial_sums(self._blocks(part), centroids_of(ShardSet(self.centroids)), Space())
         columns = [pa.array(found.counts), pa.array(found.squares)]
         columns.append(fixed_size_lists(found.sums, self.schema().field("sum").type))
         writer.write(pa.table(columns, schema=self.schema()), GROUP_ROWS)
 
+    def _blocks(self, group: int) -> Iterator[Points]:
+        """The vectors of a group, a part at a time."""
+        sample = ShardSet(self.sample)
+        for part in range(group, sample.num_parts, self.num_parts()):
+            yield encode_points(matrix(sample.read(part), "vector"), Space())
+
 
 @dataclass
 class RoundStep(Step):
-    """The centroids after a round. Holds the sums of three groups, 24 d k bytes, while it adds them up."""
+    """The centroids after a round. Holds the sums of three groups, 24 d k bytes, while it adds them up.
+
+    `sample` is the streamed sample, where this is the last round over it.
+    """
 
     sums: str
     centroids: str
     dim: int
     seed: int
     turn: int
+    sample: str | None = None
 
     def schema(self) -> pa.Schema:
         return schemas.centroids(self.dim)
@@ -132,7 +164,7 @@ class RoundStep(Step):
         writer.write(centroid_table(moved), GROUP_ROWS)
 
     def frees(self) -> list[str]:
-        return [self.sums]
+        return [self.sums, *([self.sample] if self.sample else [])]
 
 
 def _read_sums(sums: ShardSet) -> Iterator[Partial]:

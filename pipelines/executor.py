@@ -6,6 +6,7 @@ the others go on. Memory does not grow with the number of items.
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -176,7 +177,18 @@ class RayExecutor:
 
 
 def _run(work: Callable[[int], Any], item: int) -> Any:
+    _one_torch_thread()
     return work(item)
+
+
+def _one_torch_thread() -> None:
+    """Work that is given several cores has threads of its own, beside which torch's would only wait and spin.
+
+    Ray means to say how many torch may have, but a process keeps the number of the first task that it ran.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # read where torch is imported later
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 class _Resident:

@@ -11,9 +11,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from curation.errors import ConfigError, LvdError
-from curation.partwise import kept_ids, matrix, positions_in, words_of
+from curation.partwise import matrix, positions_in, words_of
 from curation.scoring import not_finite
 from curation.shards import ShardSet
 
@@ -121,11 +122,9 @@ def check_made_from(made: str, uris: list[str]) -> None:
 
 def kept_part(embeddings: ShardSet, duplicates: ShardSet, part: int) -> tuple[list[str], npt.NDArray[np.float16]]:
     """Ids and vectors, float16 [n, dim], of the images of a part that dedup kept and that have a vector."""
-    kept = set(kept_ids(duplicates.read(part, ["image_id", "kept"])))
-    table = embeddings.read(part)
-    ids = table["image_id"].to_pylist()
-    chosen = np.asarray([name in kept for name in ids], dtype=bool)
-    return [name for name in ids if name in kept], matrix(table)[chosen]
+    verdicts, table = duplicates.read(part, ["image_id", "kept"]), embeddings.read(part)
+    chosen = pc.is_in(table["image_id"], value_set=verdicts.filter(verdicts["kept"])["image_id"])
+    return table["image_id"].filter(chosen).to_pylist(), matrix(table)[chosen.to_numpy()]
 
 
 def areas(images: ShardSet, part: int, ids: list[str]) -> npt.NDArray[np.int64]:

@@ -163,3 +163,19 @@ def test_options_that_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         open_executor(0, None, False)
     assert isinstance(open_executor(1, None, True), LocalExecutor)
+
+
+class TorchThreads:
+    """How many threads torch has, and which process that is."""
+
+    def __call__(self, item: int) -> tuple[int, int]:
+        import torch
+
+        return torch.get_num_threads(), os.getpid()
+
+
+def test_torch_has_one_thread_whatever_the_worker_did_before(ray_executor: Executor) -> None:
+    """Ray tells a process once: one whose first task had two cores would spin on both in all that follow."""
+    before = collect(ray_executor, TorchThreads(), range(2), Needs(cpus=2))
+    after = collect(ray_executor, TorchThreads(), range(4))
+    assert {threads for threads, _ in [*before.values(), *after.values()]} == {1}
