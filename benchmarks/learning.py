@@ -61,7 +61,7 @@ PRECISION = "bfloat16"
 """Of the products in networks that are examined."""
 POINTS = 12
 """Evaluations on a curve."""
-STEPS = {"learn": 5000, "control": 1000, "distill": 1000, "finish": 300}
+STEPS = {"learn": 14_000, "control": 3500, "distill": 1500, "finish": 500}
 SMALL = ["model.dim=96", "model.depth=4"]
 FINISH = ["crops.global_size=32", "crops.local_size=16", "optimizer.base_lr=0.001", "schedule.momentum=[0.99, 1.0]"]
 
@@ -70,12 +70,12 @@ SETTINGS = [
     *("crops.global_size=20", "crops.global_scale=[0.4, 1.0]", "crops.local_size=12", "crops.local_scale=[0.15, 0.5]"),
     *("crops.local_crops=4", "crops.colors=sharp"),
     *("heads.prototypes=512", "heads.hidden=512", "heads.bottleneck=128"),
-    *("loss.koleo=0.01", "loss.centering=sinkhorn"),
+    *("loss.ibot=0.0", "loss.koleo=0.03", "loss.centering=softmax"),
     *("loss.teacher_temperature=[0.04, 0.04]", "loss.teacher_temperature_warmup=0"),
     *("optimizer.base_lr=0.004", "optimizer.betas=[0.9, 0.99]", "optimizer.weight_decay=[0.04, 0.1]"),
     *("optimizer.layerwise_decay=1.0", "optimizer.patch_embed_factor=1.0"),
-    *("schedule.freeze_last_layer=0", "schedule.momentum=[0.98, 1.0]"),
-    *("batch_size=64", "compile=false", "data.workers=0", "log_every=20"),
+    *("schedule.freeze_last_layer=0", "schedule.momentum=[0.99, 1.0]"),
+    *("batch_size=32", "compile=true", "data.workers=0", "log_every=50"),
 ]
 
 
