@@ -184,7 +184,8 @@ def _run(work: Callable[[int], Any], item: int) -> Any:
 def _one_torch_thread() -> None:
     """Work that is given several cores has threads of its own, beside which torch's would only wait and spin.
 
-    Ray means to say how many torch may have, but a process keeps the number of the first task that it ran.
+    Ray means to say how many torch may have, but a process keeps the number of the first task that it ran. A model that
+    wants more says so when it is loaded.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # read where torch is imported later
     if torch := sys.modules.get("torch"):
@@ -195,6 +196,7 @@ class _Resident:
     """An actor that keeps `work`, and what it has loaded, between items."""
 
     def __init__(self, work: Callable[[int], Any]) -> None:
+        _one_torch_thread()
         self._work = work
 
     def run(self, item: int) -> Any:

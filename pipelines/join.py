@@ -46,6 +46,8 @@ PIECE_ROWS = 16_384
 JOIN_BLOCKS = 8
 """Blocks there are at least, as far as they do not become too small: what workers share."""
 SAMPLE_BLOCK = 16 * BLOCK_ROWS
+SAMPLE_PIECE = 8_192
+"""Rows of a sample that are read at once, where not all are taken."""
 HUB_SAMPLE = 32_768
 """Sampled vectors that hubs are looked for in."""
 
@@ -90,10 +92,17 @@ class SampleStep(Step):
         return np.sort(numbers)
 
 
-def read_sample(uri: str) -> tuple[Int64, Float16]:
-    """Numbers int64 [n] and vectors float16 [n, dim] of a set of sampled, or of pivotal, nodes."""
-    table = ShardSet(uri).read(0)
-    return table["number"].to_numpy(), matrix(table)
+def read_sample(uri: str, first: int = 0, every: int = 1) -> tuple[Int64, Float16]:
+    """Numbers int64 [n] and vectors float16 [n, dim] of a set of sampled, or of pivotal, nodes.
+
+    Of all these, every so many from the `first` on; what is between them is not held.
+    """
+    taken, seen = [ShardSet(uri).read_rows(0, 0, 0)], 0
+    for table in ShardSet(uri).stream(0, rows=SAMPLE_PIECE):
+        taken.append(table.take(np.arange((first - seen) % every, table.num_rows, every)))
+        seen += table.num_rows
+    numbers, values = (np.concatenate(each) for each in zip(*((t["number"], matrix(t)) for t in taken), strict=True))
+    return numbers, values
 
 
 @dataclass
@@ -103,16 +112,17 @@ class HubsStep(Step):
     sample: str
 
     def schema(self) -> pa.Schema:
-        return ShardSet(self.sample).read(0).schema
+        return ShardSet(self.sample).read_rows(0, 0, 0).schema
 
     def num_parts(self) -> int:
         return 1
 
     def write_part(self, part: int, writer: PartWriter) -> None:
-        table = ShardSet(self.sample).read(0)
-        every = -(-table.num_rows // HUB_SAMPLE) or 1
-        pivots = every * find_pivots(np.ascontiguousarray(matrix(table)[::every]), Multiplier())
-        writer.write(table.take(pa.array(pivots)), GROUP_ROWS)
+        every = -(-ShardSet(self.sample).num_rows // HUB_SAMPLE) or 1
+        numbers, values = read_sample(self.sample, 0, every)
+        pivots, schema = find_pivots(values, Multiplier()), self.schema()
+        columns = [pa.array(numbers[pivots]), fixed_size_lists(values[pivots], schema.field("embedding").type)]
+        writer.write(pa.table(columns, schema=schema), GROUP_ROWS)
 
 
 def edge_table(edges: Edges) -> pa.Table:

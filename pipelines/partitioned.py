@@ -10,7 +10,7 @@ Where vectors lie flat on this machine, `pipelines.in_place` then joins list by 
 4. `scatter`, for each quantizer: every vector goes once to each partition that it is wanted in, and
    `pipelines.partition` joins within each.
 
-Misses of independent quantizers multiply. 1 holds the sample, 2 the quantizers and one block, 3 two numbers a list, 4
+Misses of independent quantizers multiply. 1 holds its part of the sample, 2 the quantizers and one block, 3 two numbers a list, 4
 one block. Time of 2 grows with vectors times centroids looked at.
 """
 
@@ -81,9 +81,8 @@ class QuantizersStep(Step):
         return self.quantizers
 
     def write_part(self, part: int, writer: PartWriter) -> None:
-        values = read_sample(self.sample)[1]
-        if len(values) >= POINTS_PER_LIST * self.num_lists * self.quantizers:
-            values = values[part :: self.quantizers]
+        enough = ShardSet(self.sample).num_rows >= POINTS_PER_LIST * self.num_lists * self.quantizers
+        _, values = read_sample(self.sample, part, self.quantizers) if enough else read_sample(self.sample)
         if self.hubs is not None:
             _, centers = read_sample(self.hubs)
             values = np.concatenate([values[balls(values, centers, Multiplier())[0] < 0], centers])

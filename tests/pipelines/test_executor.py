@@ -178,4 +178,5 @@ def test_torch_has_one_thread_whatever_the_worker_did_before(ray_executor: Execu
     """Ray tells a process once: one whose first task had two cores would spin on both in all that follow."""
     before = collect(ray_executor, TorchThreads(), range(2), Needs(cpus=2))
     after = collect(ray_executor, TorchThreads(), range(4))
-    assert {threads for threads, _ in [*before.values(), *after.values()]} == {1}
+    resident = collect(ray_executor, TorchThreads(), range(2), Needs(resident=True))
+    assert {threads for threads, _ in [*before.values(), *after.values(), *resident.values()]} == {1}
