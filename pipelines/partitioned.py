@@ -10,8 +10,8 @@ Where vectors lie flat on this machine, `pipelines.in_place` then joins list by 
 4. `scatter`, for each quantizer: every vector goes once to each partition that it is wanted in, and
    `pipelines.partition` joins within each.
 
-Misses of independent quantizers multiply. 1 holds its part of the sample, 2 the quantizers and one block, 3 two numbers a list, 4
-one block. Time of 2 grows with vectors times centroids looked at.
+Misses of independent quantizers multiply. 1 holds its part of the sample, 2 the quantizers and one block, 3 two numbers
+a list, 4 one block. Time of 2 grows with vectors times centroids looked at.
 """
 
 from dataclasses import dataclass, replace
