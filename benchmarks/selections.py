@@ -83,7 +83,7 @@ def main() -> None:
         numbers.setdefault("untrained", []).append((np.nan, untrained(settings_of(given, seed, 1), exam)["knn"]))
         for name, entropy in write_selections(folder, photos, given.embedder, seed, given.target).items():
             given.rows = folder / f"{name}.parquet"
-            settings = settings_of(given, seed, given.steps)
+            settings = settings_of(given, seed, given.steps, f"eval_every={given.steps}")
             found = trained(settings, folder / f"{name}-{given.steps}", exam)
             numbers.setdefault(name, []).append((entropy, found["knn"]))
     rows: list[list[Any]] = []

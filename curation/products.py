@@ -20,8 +20,8 @@ Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Found = tuple[Int32, Int32, Int32]
 
-TILE_ROWS = 1024
-TILE_COLUMNS = 1024
+TILE_ROWS = 512
+TILE_COLUMNS = 512
 GPU_TILE = 16_384
 """A tile's products are scanned while they lie in a core's cache; a GPU wants larger ones."""
 CHUNK = 256

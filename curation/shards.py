@@ -272,16 +272,23 @@ class ShardSet:
 
     def read_rows(self, part: int, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
         """Rows [start, stop) of one part; only the row groups that hold them are read."""
+        return pa.concat_tables(self.stream_rows(part, start, stop, columns))
+
+    def stream_rows(self, part: int, start: int, stop: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """`read_rows` in a table for each row group, of which one is held; an empty table if there are no rows."""
         with storage.open_input(self.part_uri(part)) as file, ReadableParquet(self.part_uri(part)):
             parquet = pq.ParquetFile(file, pre_buffer=False)
             ends = np.cumsum(
                 [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)], dtype=np.int64
             )
-            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
             if stop <= start:
-                return parquet.schema_arrow.empty_table().select(columns or parquet.schema_arrow.names)
-            table = parquet.read_row_groups(range(first, last + 1), columns=columns, use_threads=False)
-            return table.slice(start - (ends[first - 1] if first else 0), stop - start)
+                yield parquet.schema_arrow.empty_table().select(columns or parquet.schema_arrow.names)
+                return
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+            for group in range(first, last + 1):
+                begin = int(ends[group - 1]) if group else 0
+                table = parquet.read_row_group(group, columns=columns, use_threads=False)
+                yield table.slice(max(start - begin, 0), min(stop, int(ends[group])) - max(start, begin))
 
     def lookup(self, column: str, value: int | str, parts: Iterable[int] | None = None) -> Iterator[pa.Table]:
         """Rows with that value of a column the parts are sorted by; row groups are chosen by their statistics."""

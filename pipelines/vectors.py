@@ -62,8 +62,11 @@ class Vectors:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float16]:
         """Vectors [start, stop), float16 [stop - start, dim]. Raises LvdError where one is not finite."""
-        pieces = [matrix(table) for table in self._tables(start, stop, "embedding")]
-        found = np.concatenate(pieces) if pieces else np.zeros((0, self.dim), np.float16)
+        found, filled = np.empty((max(0, stop - start), self.dim), np.float16), 0
+        for table in self._tables(start, stop, "embedding"):
+            found[filled : filled + table.num_rows] = matrix(table)
+            filled += table.num_rows
+        found = found[:filled]
         row = not_finite(found)
         if row is not None:
             slot = int(np.searchsorted(self.offsets, start + row, side="right")) - 1
@@ -88,7 +91,7 @@ class Vectors:
             shard_set, part = self.places[slot]
             low, high = max(start, begin), min(stop, end)
             if high > low:
-                yield shard_set.read_rows(part, low - begin, high - begin, [column])
+                yield from shard_set.stream_rows(part, low - begin, high - begin, [column])
 
 
 def check_same_model(uris: list[str]) -> None:

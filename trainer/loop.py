@@ -181,6 +181,7 @@ class Loop:
         every, last = self._settings.eval_every, done == self._settings.schedule.steps
         if not (last or (every and done % every == 0)):
             return
+        began = time.monotonic()
         self._heed(log)
         ema = self._trained.pair.ema
         head: nn.Module | None = None
@@ -194,6 +195,7 @@ class Loop:
         if self._album is not None:
             self._album.add_patches(done, backbone)
         self._world.wait()
+        log.leave_out(time.monotonic() - began)
 
     def _whole_backbone(self) -> VisionTransformer:
         return whole(self._trained.pair.ema.backbone, lambda: make_backbone(self._settings))

@@ -130,7 +130,7 @@ class Log:
         active: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._begin, self._images, self._active, self._clock = run, begin, images_per_step, active, clock
+        self._run, self._begin, self._images, self._active = run, begin, images_per_step, active
         self._display = Display(steps, begin, active, clock)
         self._last_step, self._last_time = begin, clock()
         self._file: IO[str] | None = None
@@ -165,12 +165,15 @@ class Log:
         self._display.step(done, numbers, self._images)
 
     def evaluation(self, done: int, numbers: dict[str, float]) -> None:
-        """Write and show what an evaluation found; its time does not count as training's."""
+        """Write and show what an evaluation found."""
         if not self._active:
             return
         self._write(done, numbers)
         self._display.evaluation(done, numbers)
-        self._last_time = self._clock()
+
+    def leave_out(self, seconds: float) -> None:
+        """Time since the last step that does not count as training's, such as an evaluation's."""
+        self._last_time += seconds
 
     def say(self, line: str) -> None:
         """Show a line."""

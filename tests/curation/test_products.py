@@ -164,14 +164,15 @@ def test_candidates_of_nothing(num_x: int, num_y: int) -> None:
     assert list(Multiplier().candidates(x, y, *bounds)) == []
 
 
-def test_a_cutoff_raised_between_tiles_counts_from_the_next_one() -> None:
-    x = np.ones((2048, 8), dtype=np.int8)
-    cutoff, found = np.full(2048, 8, dtype=np.int32), []
-    for i, j, product in Multiplier().candidates(x, x, cutoff, np.zeros(2048, dtype=np.int32)):
+def test_a_cutoff_raised_between_tiles_counts_from_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplier = small_multiplier(monkeypatch)
+    x = np.ones((1024, 8), dtype=np.int8)
+    cutoff, found = np.full(1024, 8, dtype=np.int32), []
+    for i, j, product in multiplier.candidates(x, x[:640], cutoff, np.zeros(640, dtype=np.int32)):
         found.append((int(i[0]), int(j[0])))
         assert (product == 8).all()
-        cutoff[: products.TILE_ROWS] = 9
-    assert found == [(0, 0), (1024, 0), (1024, 1024)]
+        cutoff[:512] = 9
+    assert found == [(0, 0), (512, 0), (512, 320)]
 
 
 @pytest.mark.gpu

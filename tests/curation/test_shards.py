@@ -252,6 +252,8 @@ def test_read_rows_and_stream_equal_reading_all(tmp_path: Path, group: int) -> N
             got = shard_set.read_rows(0, start, stop, ["value"])
             assert got["value"].to_pylist() == values[start:stop]
             assert got.schema.names == ["value"]
+            pieces = list(shard_set.stream_rows(0, start, stop, ["value"]))
+            assert len(pieces) == max(1, -(-stop // group) - start // group)
     for rows in (1, 4, 50):
         pieces = list(shard_set.stream(0, ["text"], rows))
         assert all(0 < piece.num_rows <= rows for piece in pieces)

@@ -58,6 +58,16 @@ def test_lines_now_and_then_and_all_in_the_file(tmp_path: Path, capsys: pytest.C
     assert shown[-1].startswith("step 100/100") and 4 <= len(shown) < 7
 
 
+def test_an_evaluation_is_left_out_of_the_rate(tmp_path: Path) -> None:
+    with Log(tmp_path, steps=10, begin=0, images_per_step=4, clock=lambda: 0.0) as log:
+        log.step(2, NUMBERS, 2.0)
+        log.evaluation(3, {"knn_20": 0.25})
+        log.leave_out(5.0)
+        log.step(4, NUMBERS, 9.0)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("images_per_second") for line in written] == [pytest.approx(4), None, pytest.approx(4)]
+
+
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Log(tmp_path, steps=10, begin=0, images_per_step=4, active=False) as log:
         log.step(10, NUMBERS, 1.0)
