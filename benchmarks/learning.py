@@ -61,7 +61,7 @@ PRECISION = "bfloat16"
 """Of the products in networks that are examined."""
 POINTS = 12
 """Evaluations on a curve."""
-STEPS = {"learn": 14_000, "control": 3500, "distill": 1500, "finish": 500}
+STEPS = {"learn": 7000, "control": 1750, "distill": 750, "finish": 300}
 SMALL = ["model.dim=96", "model.depth=4"]
 FINISH = ["crops.global_size=32", "crops.local_size=16", "optimizer.base_lr=0.001", "schedule.momentum=[0.99, 1.0]"]
 
@@ -175,15 +175,20 @@ def settings_of(given: argparse.Namespace, seed: int, steps: int, *changes: str)
     return validate(TrainSettings, override({}, [*SETTINGS, *own, *changes, *given.set]), "settings")
 
 
-def trained(
-    settings: TrainSettings, run: Path, exam: Exam, mismatched: bool = False, init: str | None = None
-) -> dict[str, float]:
-    """Train a network, go on or read what was done; gives `Exam.full` of it and its `cpu_s`."""
+def fit(settings: TrainSettings, run: Path, exam: Exam, mismatched: bool = False, init: str | None = None) -> None:
+    """Train a network, or go on with what was done."""
     patch: AbstractContextManager[Any] = nullcontext()
     if mismatched:
         patch = mock.patch.object(trainer.build, "SelfDistillation", Mismatched)
     with patch:
         train(settings, run, resume=run.exists(), init=init, device="cpu", evaluate=Watch(run, exam))
+
+
+def trained(
+    settings: TrainSettings, run: Path, exam: Exam, mismatched: bool = False, init: str | None = None
+) -> dict[str, float]:
+    """`Exam.full` of a network that `fit` trains, and its `cpu_s`."""
+    fit(settings, run, exam, mismatched, init)
     return exam.full(open_weights(str(run)).backbone) | {"cpu_s": curve(run)[-1]["cpu_s"]}
 
 

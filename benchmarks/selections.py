@@ -1,11 +1,11 @@
 """Does curation pay? One network, trained as long on selections of equal size from a long-tailed pool. CIFAR-10.
 
-    python -m benchmarks.selections --data DIR --out RUNS [--seeds 0 1 2] [--steps 600] [--target 2000] [--embedder dct]
+    python -m benchmarks.selections --data DIR --out RUNS [--seeds 0 1 2] [--steps 500] [--target 2000] [--embedder dct]
 
 The pool, its query sets and the ways to select are those of benchmarks.mixtures, made of the first 45,000 rows of
-`cifar10_train.parquet` in DIR; network, settings and examination are those of benchmarks.learning: the other 5,000
-rows, 500 or so of each class, ask among all 45,000. A seed is of the curation and of the training. Runs go on where
-they were interrupted.
+`cifar10_train.parquet` in DIR; network and settings are those of benchmarks.learning, and so is its examination in
+brief: the other 5,000 rows, 500 or so of each class, ask among 10,000. A seed is of the curation and of the training.
+Runs go on where they were interrupted.
 
 Printed, once a seed and in the mean: entropy of the ten classes in each selection, and k-NN of the network.
 """
@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.learning import BANK_ROWS, IMAGES, Exam, settings_of, show, trained, untrained, write_rows
+from benchmarks.learning import BANK_ROWS, IMAGES, Exam, K, curve, fit, settings_of, show, write_rows
 from benchmarks.measure import machine
 from benchmarks.mixtures import World, recipe, write_sources
 from curation.shards import ShardSet
 from pipelines.run import Plan
+from trainer.build import make_pair
 
 
 def selections(world: World, target: int) -> dict[str, list[str]]:
@@ -32,7 +33,6 @@ def selections(world: World, target: int) -> dict[str, list[str]]:
         "random": world.balanced(target, world.flat(1)),
         "balanced over the tree": world.balanced(target),
         "retrieved by samples": list(world.retrieved("sample", target)),
-        "half by samples, half over the tree": world.mixed(target),
     }
     short = {name: len(images) for name, images in found.items() if len(images) != target}
     assert not short, f"not {target} images: {short}"
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with cifar10_train.parquet")
     parser.add_argument("--out", required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--target", type=int, default=2000, help="images of each selection")
     parser.add_argument("--embedder", default="dct", help="what the curation sees with")
     parser.add_argument("--set", nargs="*", default=[], help="settings to change, such as optimizer.base_lr=2e-3")
@@ -80,12 +80,14 @@ def main() -> None:
     numbers: dict[str, list[tuple[float, float]]] = {}
     for seed in given.seeds:
         folder = out / f"selections-{given.embedder.replace('/', '_')}-{given.target}-seed{seed}"
-        numbers.setdefault("untrained", []).append((np.nan, untrained(settings_of(given, seed, 1), exam)["knn"]))
+        beginning = exam.brief(make_pair(settings_of(given, seed, 1))[0].ema.backbone, None)
+        numbers.setdefault("untrained", []).append((np.nan, beginning[f"knn_{K}"]))
         for name, entropy in write_selections(folder, photos, given.embedder, seed, given.target).items():
             given.rows = folder / f"{name}.parquet"
             settings = settings_of(given, seed, given.steps, f"eval_every={given.steps}")
-            found = trained(settings, folder / f"{name}-{given.steps}", exam)
-            numbers.setdefault(name, []).append((entropy, found["knn"]))
+            run = folder / f"{name}-{given.steps}"
+            fit(settings, run, exam)
+            numbers.setdefault(name, []).append((entropy, curve(run)[-1][f"knn_{K}"]))
     rows: list[list[Any]] = []
     for name, pairs in numbers.items():
         entropies, accuracies = np.array(pairs).T
