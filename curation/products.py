@@ -1,11 +1,12 @@
 """Products of int8 codes as exact integers, and the pairs among them that reach a cutoff.
 
-torch multiplies, at the rate the hardware has for int8 (VNNI, AMX, tensor cores); what reaches no cutoff is dropped
-while its tile is in the cache. The same code serves CPU and CUDA tensors.
+torch multiplies, at the rate the hardware has for int8 (VNNI, AMX, tensor cores), or else for float32; what reaches no
+cutoff is dropped while its tile is in the cache. The same code serves CPU and CUDA tensors.
 """
 
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,15 +33,45 @@ STEP_ROWS, STEP_COLUMNS = 256, 16
 
 FLOAT_LENGTH = 1024
 """So many products of codes add up to less than 2**24, up to which float32 holds every integer."""
+TIMED = 5
+"""Products of each form that are timed, a tenth of a millisecond each where the hardware is used."""
 
 
 @functools.cache
-def _is_exact() -> bool:
-    """Whether int8 products of this CPU are exact: without VNNI instructions sums of two saturate at 16 bits."""
+def takes_int8() -> bool:
+    """Whether this CPU's int8 products are exact, and faster than float32's; both forms give the same integers.
+
+    Without VNNI instructions neither is certain: sums of two may saturate at 16 bits, and where torch has no kernel a
+    plain loop multiplies, at a twentieth of the rate of float32.
+    """
     import torch
 
-    extreme = torch.full((STEP_ROWS, 512), 127, dtype=torch.int8)
-    return bool((torch._int_mm(extreme, extreme[:STEP_COLUMNS].t()) == 512 * 127**2).all())
+    left = torch.full((STEP_ROWS, 512), 127, dtype=torch.int8)
+    right = left[: 4 * STEP_COLUMNS].t()
+    if not (torch._int_mm(left, right) == 512 * 127**2).all():
+        return False
+    return _seconds(torch._int_mm, left, right) < _seconds(_float_products, left, right)
+
+
+def _seconds(multiply: Callable[..., object], *sides: "torch.Tensor") -> float:
+    """The least that a product takes, of some after one that warms up."""
+    multiply(*sides)
+    taken = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        multiply(*sides)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def _float_products(block: "torch.Tensor", right: "torch.Tensor") -> "torch.Tensor":
+    """Products of int8 codes [n, k] and [k, m], int32 [n, m], by sums in float32 that are exact."""
+    parts = range(0, block.shape[1], FLOAT_LENGTH)
+    pairs = [(block[:, s : s + FLOAT_LENGTH], right[s : s + FLOAT_LENGTH]) for s in parts]
+    product = (pairs[0][0].float() @ pairs[0][1].float()).int()
+    for left, other in pairs[1:]:
+        product += (left.float() @ other.float()).int()
+    return product
 
 
 @compiled
@@ -157,14 +188,10 @@ class Multiplier:
         return padded
 
     def _multiplied(self, block: "torch.Tensor", right: "torch.Tensor") -> "torch.Tensor":
+        if self.device.type == "cpu" and not takes_int8():
+            return _float_products(block, right)
         out = self._buffer("product", block.shape[0], right.shape[1], self._torch.int32)
-        if self.device.type == "cuda" or _is_exact():
-            return self._torch._int_mm(block, right, out=out)
-        out.zero_()
-        for start in range(0, block.shape[1], FLOAT_LENGTH):
-            part = slice(start, start + FLOAT_LENGTH)
-            out += (block[:, part].float() @ right[part].float()).int()
-        return out
+        return self._torch._int_mm(block, right, out=out)
 
     def _tiles(self, x: Int8, y: Int8, upper: bool = False) -> Iterator[tuple[slice, slice, "torch.Tensor"]]:
         for left in range(0, len(y), self._columns):

@@ -303,7 +303,7 @@ class DedupUnit(Unit):
         return self.settings.rule or ("component" if self.settings.preset == "paper" else "direct")
 
     def notes(self) -> list[str]:
-        return [self._engine(self.pools).why]
+        return self._engine(self.pools).notes()
 
     def _engine(self, uris: list[str]) -> Engine:
         """How the pools, or the pools and references, are joined."""

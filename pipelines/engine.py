@@ -10,6 +10,7 @@ from typing import Any
 
 from curation import storage
 from curation.errors import ConfigError
+from curation.products import takes_int8
 from pipelines.faiss_join import FaissStep, IndexSettings, IndexStep
 from pipelines.flat import FlatStep, LeadsStep, bytes_flat
 from pipelines.in_place import InPlaceStep
@@ -32,6 +33,10 @@ LISTS_JOINED = 40
 LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 3, 2
 """More nodes have more borders between those alike (docs/benchmarks.md)."""
 MAX_LISTS = 65_536
+SLOW = (
+    "this machine multiplies codes in float32, several times slower than one with int8 instructions (VNNI, AMX), for "
+    "which times are given"
+)
 CACHED = 0.75
 """Share of this machine's memory that vectors and codes may take to be joined in place."""
 
@@ -49,6 +54,11 @@ class Engine:
     why: str
     device: str = "auto"
     in_place: bool | None = None
+
+    def notes(self) -> list[str]:
+        """What the user is told before work begins, one line each."""
+        is_slow = self.name != "faiss" and _device(self) == "cpu" and not takes_int8()
+        return [self.why, SLOW] if is_slow else [self.why]
 
 
 def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:

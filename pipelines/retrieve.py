@@ -134,7 +134,7 @@ class RetrieveUnit(Unit):
         return values
 
     def notes(self) -> list[str]:
-        return [self._engine().why] if self.k else []
+        return self._engine().notes() if self.k else []
 
     def _engine(self) -> Engine:
         pool = Vectors(self.pools)

@@ -5,11 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from curation import products
 from curation.products import Multiplier
 
 ROOT = Path(__file__).parents[2]
+
+
+def saturates() -> bool:
+    extreme = torch.full((16, 512), 127, dtype=torch.int8)
+    return bool((torch._int_mm(extreme, extreme.t()) != 512 * 127**2).any())
 
 
 def random_codes(rng: np.random.Generator, num_rows: int, width: int, limit: int = 79) -> np.ndarray:
@@ -71,14 +77,29 @@ def small_multiplier(monkeypatch: pytest.MonkeyPatch, scan: str = "cpu") -> Mult
     return multiplier
 
 
-@pytest.mark.parametrize("width", [8, 24, 96, 520])
-def test_products_are_those_of_integers(width: int) -> None:
+@pytest.mark.parametrize("takes_int8", [False, True])
+@pytest.mark.parametrize("width", [8, 24, 96, 520, 1024, 1032, 2056])
+def test_products_are_those_of_integers(width: int, takes_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if takes_int8 and saturates():
+        pytest.skip("int8 sums of this processor saturate")
+    monkeypatch.setattr(products, "takes_int8", lambda: takes_int8)
     multiplier, rng = Multiplier(), np.random.default_rng(width)
     for num_x, num_y in ((1, 1), (1, 700), (257, 63), (300, 65), (1025, 5), (2, 1100), (0, 4), (4, 0)):
         x, y = random_codes(rng, num_x, width), random_codes(rng, num_y, width)
+        x[:1], y[:1] = 127, 127  # the largest sum there is
         found = multiplier.products(x, y)
         assert found.dtype == np.int32
         np.testing.assert_array_equal(found, all_products(x, y))
+
+
+@pytest.mark.parametrize("slow", ["_int_mm", "_float_products"])
+def test_the_faster_form_multiplies(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if saturates():
+        pytest.skip("int8 sums of this processor saturate")
+    products.takes_int8.cache_clear()
+    monkeypatch.setattr(products, "_seconds", lambda multiply, *_: 2.0 if multiply.__name__ == slow else 1.0)
+    assert products.takes_int8() is (slow == "_float_products")
+    products.takes_int8.cache_clear()
 
 
 OLDER = """
@@ -177,7 +198,6 @@ def test_a_cutoff_raised_between_tiles_counts_from_the_next_one(monkeypatch: pyt
 
 @pytest.mark.gpu
 def test_the_same_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     monkeypatch.setattr(products, "GPU_TILE", 512)

@@ -169,6 +169,17 @@ def test_auto_takes_the_engine_by_the_number_of_vectors(num_nodes: int, name: st
     assert f"{num_nodes:,} vectors" in found.why
 
 
+@pytest.mark.parametrize("takes_int8", [False, True])
+def test_a_slow_processor_is_told_of(takes_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "takes_int8", lambda: takes_int8)
+    for name in ("exact", "partitioned"):
+        found = engine.resolve(joined(name, device="cpu"), 1_000, 8)
+        assert found.notes() == [found.why, engine.SLOW][: 1 if takes_int8 else 2]
+    for settings in (joined("exact", device="cuda"), joined("faiss")):
+        found = engine.resolve(settings, 1_000, 8)
+        assert found.notes() == [found.why]
+
+
 def test_no_more_lists_are_joined_than_there_are() -> None:
     assert engine.resolve(joined("partitioned"), 3_000, 8).values["lists_joined"] == 8
     with pytest.raises(ConfigError, match="the exact join takes at most 16,000,000 vectors"):
