@@ -29,8 +29,8 @@ Float32 = npt.NDArray[np.float32]
 POINTS_PER_COARSE = 64
 """Sampled vectors per coarse centroid: more do not make better cells."""
 
-SEARCHED = 4
-"""One in so many coarse cells is searched for lists; with one in eight a join misses nearly three times as much."""
+SEARCHED = 6
+"""One in so many coarse cells is searched for lists: more find hardly more of ten million (docs/benchmarks.md)."""
 
 HELD_PRODUCTS = 1 << 21
 """Products that are held at once where all centroids are ranked: they stay in a processor's cache."""

@@ -29,9 +29,10 @@ OPERATIONS_PER_SECOND = 3.8e11
 """Of one core: n**2 d over the CPU seconds of the exact join of 200,000 vectors (docs/benchmarks.md)."""
 VECTORS_PER_LIST = 512
 """Of lists this long a sieve drops most in a few cycles a pair; shorter ones take longer to rank than to compare."""
-LISTS_JOINED = 40
-LEAST_QUANTIZERS, QUANTIZERS_PER_TENFOLD = 3, 2
-"""More nodes have more borders between those alike (docs/benchmarks.md)."""
+LISTS_JOINED = 24
+LEAST_QUANTIZERS, QUANTIZERS_AT_A_MILLION, QUANTIZERS_PER_TENFOLD = 3, 5, 3
+"""More nodes have more borders between those alike. More quantizers find more than more lists at the same cost
+(docs/benchmarks.md)."""
 MAX_LISTS = 65_536
 SLOW = (
     "this machine multiplies codes in float32, several times slower than one with int8 instructions (VNNI, AMX), for "
@@ -90,11 +91,12 @@ def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:
 def _partitioned(settings: JoinSettings, num_nodes: int) -> dict[str, Any]:
     near = 2 ** round(math.log2(max(1, num_nodes / VECTORS_PER_LIST)))
     num_lists = settings.num_lists or min(max(1, near), MAX_LISTS)
-    tenfolds = math.log10(max(1, num_nodes / EXACT_UP_TO))
+    tenfolds = math.log10(max(1, num_nodes) / 1e6)
+    quantizers = max(LEAST_QUANTIZERS, round(QUANTIZERS_AT_A_MILLION + QUANTIZERS_PER_TENFOLD * tenfolds))
     return {
         "num_lists": num_lists,
         "lists_joined": min(settings.lists_joined or LISTS_JOINED, num_lists),
-        "quantizers": settings.quantizers or round(LEAST_QUANTIZERS + QUANTIZERS_PER_TENFOLD * tenfolds),
+        "quantizers": settings.quantizers or quantizers,
         "partition_rows": settings.partition_rows,
     }
 

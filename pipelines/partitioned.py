@@ -44,8 +44,8 @@ POINTS_PER_LIST = 10
 """Sampled vectors that a list is fitted on."""
 LAYOUT_SAMPLE = 65_536
 """Nodes whose lists tell how vectors spread over partitions."""
-LISTS_RANKED = 4
-"""At least so many lists are ranked for each one that is joined: small quantizers have few in a quarter of their cells.
+LISTS_RANKED = 16
+"""At least so many lists are ranked for each one that is joined: where many are, a few cells do not have the nearest.
 All are where all are joined."""
 LEAST_RANKED = 2_048
 """Lists that are ranked at least, or all there are: so few are ranked as fast as those of chosen cells."""
@@ -137,7 +137,7 @@ class ListsStep(DeviceStep):
         columns = []
         for quantizer in self._quantizers:
             lists = np.full((stop - start, self.lists_joined), -1, np.int32)
-            probes = _probes(quantizer, self.lists_joined)
+            probes = probes_of(quantizer, self.lists_joined)
             lists[numbers - start] = nearest_lists(codes, quantizer, self.lists_joined, probes, self.device)
             columns.append(fixed_size_lists(lists, lists_type(self.lists_joined)))
         writer.write(pa.table(columns, schema=self.schema()), GROUP_ROWS)
@@ -148,7 +148,7 @@ def lists_column(number: int) -> str:
     return f"lists_{number}"
 
 
-def _probes(quantizer: Quantizer, lists_joined: int) -> int:
+def probes_of(quantizer: Quantizer, lists_joined: int) -> int:
     """Coarse cells whose lists are ranked."""
     num_coarse = len(quantizer.coarse)
     enough = -(-max(LISTS_RANKED * lists_joined, LEAST_RANKED) * num_coarse // len(quantizer.fine))

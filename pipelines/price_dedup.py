@@ -12,8 +12,9 @@ from pipelines.recipe import DedupSettings
 from pipelines.semdedup import SEMDEDUP_ENGINE, semdedup_engine
 from pipelines.stats import Table
 
-COPIES = 10
-"""Partitions that a vector travels to under one quantizer: an assumption, since it depends on the vectors."""
+COPIES = 12
+"""Partitions of a million that a vector of ten million travels to under one quantizer, with 24 lists joined
+(docs/benchmarks.md). More where partitions hold fewer lists."""
 PARTITION_BYTES = 8
 """A worker's memory for each number of a vector of its partition: about 4 kB a vector of 512 (docs/benchmarks.md)."""
 PAIRS_PER_SECOND = 8e8
@@ -80,7 +81,7 @@ def dedup_price_tables(settings: DedupSettings, num_images: int, dim: int) -> li
     marks = {chosen: " (chosen)"} | ({"exact": " (too many)"} if num_images > EXACT_AT_MOST else {})
     rows = [[cost.of + marks.get(cost.of, ""), *cost_cells(cost)] for cost in costs]
     known = [*vector_rows(num_images, dim), *rate_rows(OPERATIONS_PER_SECOND, "a whole exact join")]
-    known.append(["partitions that a vector travels to", str(COPIES), "assumed"])
+    known.append(["partitions that a vector travels to", str(COPIES), "measured on ten million"])
     return [
         Table("Cost of dedup", ["engine", *COST_COLUMNS], rows),
         Table("What the cost of dedup rests on", REST_COLUMNS, known),

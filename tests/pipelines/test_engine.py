@@ -157,9 +157,9 @@ def test_what_was_resolved_is_recorded(tmp_path: Path) -> None:
     [
         (0, "exact", {}),
         (1_000_000, "exact", {}),
-        (1_000_001, "partitioned", {"num_lists": 2_048, "lists_joined": 40, "quantizers": 3}),
-        (10_000_000, "partitioned", {"num_lists": 16_384, "lists_joined": 40, "quantizers": 5}),
-        (1_200_000_000, "partitioned", {"num_lists": 65_536, "lists_joined": 40, "quantizers": 9}),
+        (1_000_001, "partitioned", {"num_lists": 2_048, "lists_joined": 24, "quantizers": 5}),
+        (10_000_000, "partitioned", {"num_lists": 16_384, "lists_joined": 24, "quantizers": 8}),
+        (1_200_000_000, "partitioned", {"num_lists": 65_536, "lists_joined": 24, "quantizers": 14}),
     ],
 )
 def test_auto_takes_the_engine_by_the_number_of_vectors(num_nodes: int, name: str, values: dict[str, Any]) -> None:
@@ -182,6 +182,8 @@ def test_a_slow_processor_is_told_of(takes_int8: bool, monkeypatch: pytest.Monke
 
 def test_no_more_lists_are_joined_than_there_are() -> None:
     assert engine.resolve(joined("partitioned"), 3_000, 8).values["lists_joined"] == 8
+    assert engine.resolve(joined("partitioned"), 3_000, 8).values["quantizers"] == 3
+    assert engine.resolve(joined("partitioned"), 300_000, 8).values["quantizers"] == 3
     with pytest.raises(ConfigError, match="the exact join takes at most 16,000,000 vectors"):
         engine.resolve(joined("exact"), 16_000_001, 8)
 

@@ -140,8 +140,8 @@ def test_dedup_is_priced_by_the_products_that_it_takes() -> None:
     assert costs["exact join"].held == 2 * 3200 * 30 + 3200 * 128
 
 
-def test_many_lists_joined_travel_ten_times_and_small_sets_not_at_all() -> None:
-    assert priced(DedupSettings(), 2_000_000)["partitioned scatter"].moved == 2_000_000 * 4 * 10 * 1024
+def test_many_lists_joined_travel_twelve_times_and_small_sets_not_at_all() -> None:
+    assert priced(DedupSettings(), 2_000_000)["partitioned scatter"].moved == 2_000_000 * 6 * 12 * 1024
     assert priced(DedupSettings(), 1_000_000)["partitioned scatter"].moved == 0
     assert priced(DedupSettings(), 100_000)["partitioned joins"].held == 100_000 * 8 * 512
 
@@ -170,9 +170,9 @@ def test_the_papers_pool_is_priced_at_the_stated_rates() -> None:
     tables = {table.title: table for table in plan_tables(load_recipe("lvd142m"), None)}
     rows = {(row[0], row[1]): row[2:] for row in tables["Cost of dedup"].rows}
     assert rows["exact (too many)", "join"][:3] == ["8.7e+20", "632,515", "481"]  # 1.3e9 squared times 512
-    assert rows["partitioned (chosen)", "lists"][:2] == ["2.0e+17", "145"]  # a quarter of 65,536 lists is ranked
-    assert rows["partitioned (chosen)", "joins"] == ["9.5e+18", "3,223", "5.3", None, "4.1 GB"]
-    assert rows["partitioned (chosen)", "scatter"][3] == "119.8 TB"
+    assert rows["partitioned (chosen)", "lists"][:2] == ["2.1e+17", "151"]  # a sixth of 65,536 lists is ranked
+    assert rows["partitioned (chosen)", "joins"] == ["8.9e+18", "3,009", "4.9", None, "4.1 GB"]
+    assert rows["partitioned (chosen)", "scatter"][3] == "223.6 TB"
     assert tables["What the cost of dedup rests on"].rows[0][1] == "1,300,000,000"
 
 
