@@ -26,15 +26,15 @@ from curation.codes import encode
 from curation.layout import destinations, plan_layout
 from curation.manifest import Origin
 from curation.quantizer import Quantizer, nearest_lists
-from curation.recall import RecallTally, joined_with
-from curation.shards import GROUP_ROWS, ShardSet
+from curation.recall import RecallTally
+from curation.shards import ShardSet
 from pipelines.engine import plan_join, resolve
 from pipelines.executor import RayExecutor
 from pipelines.join import HubsStep, SampleStep, read_sample
 from pipelines.nodes import Nodes
 from pipelines.partitioned import QuantizersStep, probes_of, read_quantizer
 from pipelines.progress import Progress
-from pipelines.recall import TruthStep
+from pipelines.recall import TruthStep, named_nodes, needed_lists, read_truth
 from pipelines.recipe import JoinSettings
 from pipelines.unit import Step, run_step
 from pipelines.vectors import BLOCK_ROWS, Vectors
@@ -90,14 +90,6 @@ def steps(options: argparse.Namespace, embeddings: str, place: str) -> Iterator[
     yield TruthStep(storage.join(place, "truth"), "truth", {}, False, [embeddings], sample, THRESHOLD, 0, hubs)
 
 
-def true_pairs(place: str) -> Iterator[tuple[Int64, Int64, Int64]]:
-    """(query, other, pairs that the query has) of each part of the truth."""
-    truth = ShardSet(storage.join(place, "truth"))
-    for part in range(truth.num_parts):
-        table = truth.read(part, ["query", "other", "pairs"])
-        yield table["query"].to_numpy(), table["other"].to_numpy(), table["pairs"].to_numpy()
-
-
 def picked(embeddings: str, rows: Int64) -> Float16:
     """Vectors of ascending rows; holds them and one block."""
     vectors = Vectors([embeddings])
@@ -112,16 +104,15 @@ def picked(embeddings: str, rows: Int64) -> Float16:
 def tell_recall(place: str, embeddings: str, lists: Lists, options: argparse.Namespace) -> None:
     """A table of the share compared: a line for each number of quantizers, a column for each of lists joined."""
     sampled = read_sample(storage.join(place, "recall"))[0]
-    nodes = np.unique(np.concatenate([np.concatenate(found[:2]) for found in true_pairs(place)]))
+    truth = storage.join(place, "truth")
+    nodes = named_nodes(truth)
     known = lists.of(picked(embeddings, nodes))
     print(f"{len(sampled):,} sampled, {len(nodes):,} images in their pairs; share of true pairs compared")
     for count in range(1, options.quantizers + 1):
         tally = RecallTally(len(sampled), options.depth)
-        for query, other, num_true in true_pairs(place):
+        for query, other, num_true in read_truth(truth):
             i, j = np.searchsorted(nodes, query), np.searchsorted(nodes, other)
-            slices = [slice(start, start + GROUP_ROWS) for start in range(0, len(i), GROUP_ROWS)]
-            needed = [joined_with(known[i[s], :count], known[j[s], :count]) for s in slices]
-            joined = np.concatenate([np.zeros(0, np.int32), *needed])
+            joined = needed_lists(known[:, :count], i, j)
             tally.add(np.searchsorted(sampled, query), num_true, np.zeros(len(query), np.bool_), joined)
         recall = tally.recall(options.depth, 0)
         shares = [f"{recall.joined_at[m - 1]:.4f}" for m in JOINED if m <= options.depth]

@@ -167,31 +167,17 @@ class RecallStep(Step):
 
     def _recall(self) -> Recall:
         sampled = ShardSet(self.sample).read(0, ["number"])["number"].to_numpy()
-        nodes = self._nodes()
+        nodes = named_nodes(self.truth)
         if not len(nodes):
             return RecallTally(len(sampled), self.lists_joined).recall(self.lists_joined, self.seed)
         labels = _picked(self.components, "component", nodes)
         lists = self._lists(nodes) if self.lists is not None else None
         tally = RecallTally(len(sampled), 0 if lists is None else lists.shape[2])
-        for query, other, num_true in self._truth():
+        for query, other, num_true in read_truth(self.truth):
             i, j = np.searchsorted(nodes, query), np.searchsorted(nodes, other)
-            needed = None if lists is None else _needed(lists, i, j)
+            needed = None if lists is None else needed_lists(lists, i, j)
             tally.add(np.searchsorted(sampled, query), num_true, labels[i] == labels[j], needed)
         return tally.recall(self.lists_joined, self.seed)
-
-    def _truth(self) -> Iterator[tuple[Int64, Int64, Int64]]:
-        """(query, other, pairs) of each part."""
-        truth = ShardSet(self.truth)
-        for part in range(truth.num_parts):
-            table = truth.read(part, ["query", "other", "pairs"])
-            yield table["query"].to_numpy(), table["other"].to_numpy(), table["pairs"].to_numpy()
-
-    def _nodes(self) -> Int64:
-        """All nodes named, ascending."""
-        named = np.zeros(0, np.int64)
-        for query, other, _ in self._truth():
-            named = np.union1d(named, np.concatenate([query, other]))
-        return named
 
     def _lists(self, nodes: Int64) -> Int32:
         """The lists of `nodes`, int32 [n, R, m]."""
@@ -206,7 +192,23 @@ class RecallStep(Step):
         return np.stack(found, axis=1)
 
 
-def _needed(lists: Int32, i: Int64, j: Int64) -> Int32:
+def read_truth(uri: str) -> Iterator[tuple[Int64, Int64, Int64]]:
+    """(query, other, pairs that the query has) of each part of a set that `TruthStep` made."""
+    truth = ShardSet(uri)
+    for part in range(truth.num_parts):
+        table = truth.read(part, ["query", "other", "pairs"])
+        yield table["query"].to_numpy(), table["other"].to_numpy(), table["pairs"].to_numpy()
+
+
+def named_nodes(uri: str) -> Int64:
+    """All nodes that a truth names, ascending."""
+    named = np.zeros(0, np.int64)
+    for query, other, _ in read_truth(uri):
+        named = np.union1d(named, np.concatenate([query, other]))
+    return named
+
+
+def needed_lists(lists: Int32, i: Int64, j: Int64) -> Int32:
     """`joined_with` of pairs of rows of `lists`; gathers those of some pairs at a time."""
     slices = (slice(start, start + GROUP_ROWS) for start in range(0, len(i), GROUP_ROWS))
     return np.concatenate([np.zeros(0, np.int32), *(joined_with(lists[i[s]], lists[j[s]]) for s in slices)])

@@ -354,12 +354,13 @@ def test_zero_pool_images_kept_give_empty_sets(tmp_path: Path, strategy: Any) ->
 
 
 def test_auto_compares_all_up_to_a_cost_and_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.engine.takes_int8", lambda: True)
     world = World(tmp_path, 0)
     assert world.unit(3, None).config() == {"k": 3, "engine": "exact"}
-    note, *_ = world.unit(3, None).notes()
+    (note,) = world.unit(3, None).notes()
     assert note.startswith("exact search of 17 queries x 87 pool images (all pairs take one core about a second; auto ")
     monkeypatch.setattr(retrieve_engine, "EXACT_PAIRS", 17 * 87 - 1)
-    note, *_ = world.unit(3, None).notes()
+    (note,) = world.unit(3, None).notes()
     assert note.startswith("partitioned search, 6 quantizers of 128 lists, 128 visited, of 17 queries x 87 pool images")
     config = world.unit(3, None, recall_sample=7).config()
     assert config["engine"] == "partitioned"
