@@ -6,71 +6,26 @@ reduction are never scored.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from curation.codes import Codes, allowances, at_most, cutoffs, encode
+from curation.codes import allowances, at_most, cutoffs
 from curation.forest import Edges, Forest
 from curation.hubs import TAU, balls, content_hash, leaders
 from curation.products import Found, Multiplier
+from curation.rows import Rows
 from curation.scoring import Vectors, compiled, cosine_pairs, norms
-from curation.sieve import helps, most_bits, passes, sieved, sketches
+from curation.sieve import Sieve
+from curation.signs import most_bits, passes
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 Names = npt.NDArray[np.integer]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some of the vectors that a task holds, as a join sees them.
-
-    Attributes:
-        nodes: what the reductions call them, int [n].
-        at: where each lies in `vectors` and `norms`, int64 [n].
-        vectors: stored, [k, d]; norms: their lengths, float64 [k]. Not copied by `take`.
-        codes: of these rows.
-        ball: hub that each lies in, int32 [n]; -1 for none. Members of one hub are not compared.
-        sketches: uint64 [n, WORDS] where pairs go through a sieve (`sieve`), else None.
-    """
-
-    nodes: Names
-    at: Int64
-    vectors: Vectors
-    norms: npt.NDArray[np.float64]
-    codes: Codes
-    ball: Int32
-    sketches: npt.NDArray[np.uint64] | None = None
-
-    def __len__(self) -> int:
-        return len(self.nodes)
-
-    def take(self, rows: npt.NDArray[np.integer] | slice) -> "Rows":
-        """Some of the rows: codes are copied for an array of rows, viewed for a slice."""
-        codes, taken = self.codes.take(rows), None if self.sketches is None else self.sketches[rows]
-        return Rows(self.nodes[rows], self.at[rows], self.vectors, self.norms, codes, self.ball[rows], taken)
-
-    def sketched(self, threshold: float) -> "Rows":
-        """These rows with sketches, where a sieve helps at this threshold: for joins that are not exact."""
-        if not helps(threshold, self.codes.values.shape[1]):
-            return self
-        return replace(self, sketches=sketches(self.codes.values))
-
-
-def rows_of(nodes: Int64, vectors: Vectors, ball: Int32 | None = None) -> Rows:
-    """Rows of stored vectors [n, d]. Raises LvdError where one is not finite."""
-    ball = np.full(len(nodes), -1, dtype=np.int32) if ball is None else ball
-    return Rows(nodes, np.arange(len(nodes)), vectors, norms(vectors), encode(vectors), ball)
-
-
-def all_rows(vectors: Vectors) -> Rows:
-    """`rows_of` under their own numbers, in no hub."""
-    return rows_of(np.arange(len(vectors)), vectors)
 
 
 class Reduction(Protocol):
@@ -173,14 +128,13 @@ class Join:
         passed = passes(x.sketches[i], y.sketches[j], self.most_bits)
         return i[passed], j[passed], product[passed]
 
-    def sieved(
-        self, x: Rows, guests: Int32, own: Int32, cutoff: Int32, allowance: Int32, upper: bool = False
-    ) -> Iterator[Found]:
-        """Candidates among rows of `x` that have sketches; see `sieve.sieved`."""
-        assert x.sketches is not None
+    def sieve(self, x: Rows, cutoff: Int32, allowance: Int32) -> Sieve | None:
+        """What compares rows of `x`, if they have sketches and are compared on the CPU."""
+        if x.sketches is None or self.multiplier.device.type != "cpu":
+            return None
         lone = self._reductions[0] if len(self._reductions) == 1 else None
         forest = lone if isinstance(lone, Forest) else None
-        return sieved(x.sketches, x.codes, guests, own, self.most_bits, cutoff, allowance, upper, x.nodes, forest)
+        return Sieve(x, self.threshold, self.most_bits, cutoff, allowance, forest)
 
     def offer(self, x: Rows, y: Rows, i: Int32, j: Int32, product: Int32) -> None:
         """Score candidates (row of `x`, row of `y`) with these products of codes, as far as reductions want it.
@@ -345,6 +299,7 @@ def join_cells(join: Join, x: Rows, stored: Members, visiting: Members, among: b
     with_hubs = bool((x.ball >= 0).any())
     cutoff = cutoffs(join.threshold, x.codes)
     allowance = allowances(x.codes, float(x.codes.error.max(initial=0.0)))
+    sieve = join.sieve(x, cutoff, allowance)
     batch: list[Found] = []
     held = 0
     for cell in np.flatnonzero(np.diff(stored.offsets)):
@@ -355,7 +310,8 @@ def join_cells(join: Join, x: Rows, stored: Members, visiting: Members, among: b
             if among:
                 join.among(at_home)
             continue
-        for found in _met(join, x, guests, own, cutoff, allowance, among):
+        met = sieve.met(guests, own, among) if sieve else _met(join, x, guests, own, cutoff, allowance, among)
+        for found in met:
             batch.append(found)
             held += len(found[0])
             if held >= BATCH:
@@ -367,12 +323,7 @@ def join_cells(join: Join, x: Rows, stored: Members, visiting: Members, among: b
 def _met(
     join: Join, x: Rows, guests: Int32, own: Int32, cutoff: Int32, allowance: Int32, among: bool
 ) -> Iterator[Found]:
-    """Candidates of one cell without hubs: rows of `x` and products of codes."""
-    if x.sketches is not None and join.multiplier.device.type == "cpu":
-        if among:
-            yield from join.sieved(x, own, own, cutoff, allowance, upper=True)
-        yield from join.sieved(x, guests, own, cutoff, allowance)
-        return
+    """Candidates of one cell without hubs, all its products multiplied: rows of `x` and products of codes."""
     if among and len(own) <= SMALL_CELL:
         guests = np.concatenate([guests, own])
     elif among:

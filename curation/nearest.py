@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.codes import allowances
-from curation.join import Members, Rows
+from curation.join import Members
 from curation.products import Multiplier
 from curation.rooms import Found, empty, hold, insert, make_rooms, side_of
+from curation.rows import Rows
 from curation.scoring import cosine_pairs
 
 Int64 = npt.NDArray[np.int64]

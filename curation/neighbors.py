@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.codes import allowances, cutoffs, encode
-from curation.join import all_rows
 from curation.nearest import Nearest, query_rows
 from curation.products import Multiplier
+from curation.rows import all_rows
 from curation.scoring import Vectors, check_comparable, cosine_pairs
 
 Int64 = npt.NDArray[np.int64]

@@ -109,13 +109,17 @@ class Multiplier:
         self._rows, self._columns = (GPU_TILE,) * 2 if self.device.type == "cuda" else (TILE_ROWS, TILE_COLUMNS)
         self._room: dict[str, torch.Tensor] = {}
 
-    def products(self, x: Int8, y: Int8) -> Int32:
-        """All products of rows, int32 [n, m], from int8 [n, k] and [m, k]; k is a multiple of 8."""
-        out = np.empty((len(x), len(y)), dtype=np.int32)
+    def tiles(self, x: Int8, y: Int8) -> Iterator[tuple[slice, slice, Int32]]:
+        """All products of rows, tile by tile, each valid until the next is asked for.
+
+        Args:
+            x, y: codes, int8 [n, k] and [m, k]; k is a multiple of 8.
+
+        Yields:
+            slices of the rows of x and of y, and their products, int32, with more lines and columns than those.
+        """
         for rows, columns, tile in self._tiles(x, y):
-            height, width = rows.stop - rows.start, columns.stop - columns.start
-            out[rows, columns] = tile[:height, :width].cpu().numpy()
-        return out
+            yield rows, columns, tile.cpu().numpy()
 
     def taken(self, values: Int8, rows: Int32, y: Int8) -> Iterator[tuple[slice, slice, Int32]]:
         """Products of chosen rows of `values` with `y`, tile by tile, each valid until the next is asked for.

@@ -17,7 +17,7 @@ from curation.clustering import fit_kmeans
 from curation.codes import Codes, encode
 from curation.errors import ConfigError
 from curation.kmeans_init import draw_rows
-from curation.products import STEP_ROWS, Multiplier
+from curation.products import Multiplier
 from curation.sampling import proportional_shares
 from curation.scoring import Vectors, compiled, norms
 
@@ -32,13 +32,14 @@ POINTS_PER_COARSE = 64
 SEARCHED = 6
 """One in so many coarse cells is searched for lists: more find hardly more of ten million (docs/benchmarks.md)."""
 
-HELD_PRODUCTS = 1 << 21
-"""Products that are held at once where all centroids are ranked: they stay in a processor's cache."""
-LISTS_BLOCK = 4_096
-"""Rows that are grouped by coarse cell at a time: enough of them share each cell."""
+LISTS_BLOCK = 16_384
+"""Rows that are grouped by coarse cell at a time: enough of them share each cell, and their codes stay in a cache."""
+SKIPPED = 64
+"""Products that are skipped at once if none of them is among a row's best."""
 
-NOTHING = np.int32(-(2**31))
-"""Less than any product."""
+NO_LIST = np.int64(-(2**63))
+"""A key less than that of any product."""
+LOWER_HALF = np.int64(2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def _fit_lists(
 def nearest_lists(codes: Codes, quantizer: Quantizer, m: int, probes: int | None = None, device: str = "cpu") -> Int32:
     """The m lists nearest to each vector, of those in the `probes` coarse cells nearest to it.
 
-    Both are ranked by product of codes, ties by lowest number. Takes one thread beside torch's. Holds 4 m bytes a row,
-    and the products of a block: 16 kB for each list that is ranked.
+    Both are ranked by product of codes, ties by lowest number. Takes one thread beside torch's. Holds 8 m bytes for
+    each row of a block, and one tile of products.
 
     Args:
         codes: of n vectors.
@@ -147,140 +148,92 @@ def nearest_lists(codes: Codes, quantizer: Quantizer, m: int, probes: int | None
     probes = max(1, num_coarse // SEARCHED) if probes is None else min(probes, num_coarse)
     lists = np.full((len(codes), m), -1, dtype=np.int32)
     multiplier = Multiplier(device)
-    if probes == num_coarse:
-        most = min(m, len(quantizer.fine))
-        lists[:, :most] = _nearest(codes.values, quantizer.fine_codes, most, multiplier)
-        return lists
-    room = np.empty(0, np.int32)
     for start in range(0, len(codes), LISTS_BLOCK):
         block = slice(start, start + LISTS_BLOCK)
-        room = _rank_block(codes.values[block], quantizer, probes, multiplier, room, lists[block])
+        if probes == num_coarse:
+            lists[block] = _nearest(codes.values[block], quantizer.fine_codes, m, multiplier)
+        else:
+            lists[block] = _nearest_in_cells(codes.values[block], quantizer, m, probes, multiplier)
     return lists
 
 
-def _rank_block(
-    values: Int8, quantizer: Quantizer, probes: int, multiplier: Multiplier, room: Int32, lists: Int32
-) -> Int32:
-    """`nearest_lists` of one block of codes, in `lists`; returns `room` for products, larger if it had to be.
+def _nearest_in_cells(values: Int8, quantizer: Quantizer, m: int, probes: int, multiplier: Multiplier) -> Int32:
+    """`nearest_lists` of one block of codes.
 
-    A row's cells are ascending, and so are the lists whose products stand side by side.
+    Each row meets its nearest cell first: what it finds there bounds what is worth a place from the others.
     """
-    cells = np.sort(_nearest(values, quantizer.coarse_codes, probes, multiplier), axis=1)
-    sizes = np.diff(quantizer.starts)[cells]
-    ends = np.cumsum(sizes, axis=1)
-    shape = len(values), int(ends[:, -1].max())
-    if len(room) < shape[0] * shape[1]:
-        room = np.empty(shape[0] * shape[1], np.int32)
-    product = room[: shape[0] * shape[1]].reshape(shape)
-    for c, rows, place in _group(cells, ends - sizes, len(quantizer.coarse)):
-        fine = quantizer.fine_codes[quantizer.starts[c] : quantizer.starts[c + 1]]
-        for some, columns, tile in multiplier.taken(values, rows, fine):
-            _put_loop(tile, rows[some], place[some] + columns.start, columns.stop - columns.start, product)
-    _name_loop(_top_columns(product, ends[:, -1], lists.shape[1]), cells, ends, sizes, quantizer.starts, lists)
-    return room
+    best = np.full((len(values), m), NO_LIST, dtype=np.int64)
+    cells = _nearest(values, quantizer.coarse_codes, probes, multiplier)
+    for some in (cells[:, :1], cells[:, 1:]):
+        for c, rows in _group(some, len(quantizer.coarse)):
+            first, stop = quantizer.starts[c], quantizer.starts[c + 1]
+            for chosen, columns, tile in multiplier.taken(values, rows, quantizer.fine_codes[first:stop]):
+                _keep_loop(tile, rows[chosen], first + columns.start, columns.stop - columns.start, best)
+    return _lists_of(best)
 
 
 def _nearest(values: Int8, centroids: Int8, m: int, multiplier: Multiplier) -> Int32:
-    """The m centroids nearest to each code, int32 [n, m], best first, of equal products the lowest number first."""
-    found = np.empty((len(values), m), dtype=np.int32)
-    rows = max(STEP_ROWS, HELD_PRODUCTS // len(centroids) // STEP_ROWS * STEP_ROWS)
-    for start in range(0, len(values), rows):
-        block = slice(start, start + rows)
-        product = multiplier.products(values[block], centroids)
-        found[block] = _top_columns(product, np.full(len(product), len(centroids)), m)
-    return found
+    """The m centroids nearest to each code, int32 [n, m], best first, of equal products the lowest number first.
 
-
-def _top_columns(values: Int32, widths: Int64, m: int) -> Int32:
-    """The m largest of the first widths[r] values of each row r: columns, int32 [n, m], by (value descending, column).
-
-    -1 where a row has fewer.
+    -1 where there are fewer.
     """
-    columns = np.full((len(values), m), -1, dtype=np.int32)
-    lanes = max(64, 2 ** (2 * m - 1).bit_length())
-    _top_loop(values, widths, lanes, columns)
-    return columns
+    best = np.full((len(values), m), NO_LIST, dtype=np.int64)
+    numbers = np.arange(len(values), dtype=np.int32)
+    for rows, columns, tile in multiplier.tiles(values, centroids):
+        _keep_loop(tile, numbers[rows], columns.start, columns.stop - columns.start, best)
+    return _lists_of(best)
 
 
-def _group(cells: Int32, places: Int64, num_cells: int) -> Iterator[tuple[int, Int32, Int64]]:
-    """Each cell that some row has, with its rows, int32 and increasing, and the place that each row has for it."""
+def _lists_of(best: Int64) -> Int32:
+    """The lists that keys stand for: see `_keep_loop`."""
+    return np.where(best == NO_LIST, np.int64(-1), LOWER_HALF - (best & LOWER_HALF)).astype(np.int32)
+
+
+def _group(cells: Int32, num_cells: int) -> Iterator[tuple[int, Int32]]:
+    """Each cell that some row has, with its rows, int32 and increasing."""
     ends = np.cumsum(np.bincount(cells.reshape(-1), minlength=num_cells))
     starts = np.concatenate(([0], ends[:-1]))
-    rows, place = np.empty(cells.size, dtype=np.int32), np.empty(cells.size, dtype=np.int64)
-    _group_loop(cells, places, starts.copy(), rows, place)
+    rows = np.empty(cells.size, dtype=np.int32)
+    _group_loop(cells, starts.copy(), rows)
     for c in range(num_cells):
         if starts[c] < ends[c]:
-            yield c, rows[starts[c] : ends[c]], place[starts[c] : ends[c]]
+            yield c, rows[starts[c] : ends[c]]
 
 
 @compiled
-def _top_loop(values: Int32, widths: Int64, lanes: int, columns: Int32) -> None:
-    """Values fall into lanes; the m-th largest of the lanes' maxima bounds the m-th largest value from below."""
-    m = columns.shape[1]
-    best = np.empty(lanes, np.int32)
-    found_value, found_column = np.empty(values.shape[1], np.int32), np.empty(values.shape[1], np.int32)
-    for row in range(values.shape[0]):
-        width = widths[row]
-        line = values[row, :width]
-        best[:] = NOTHING
-        for start in range(0, width, lanes):
-            piece = line[start : start + lanes]
-            for lane in range(piece.shape[0]):
-                best[lane] = max(best[lane], piece[lane])
-        low, high = np.int64(NOTHING), np.int64(2**31)
-        while high - low > 1:
-            middle = (low + high) // 2
-            reached = 0
-            for lane in range(lanes):
-                reached += best[lane] >= middle
-            if reached >= m:
-                low = middle
-            else:
-                high = middle
-        count = 0
-        for column in range(width):
-            if line[column] >= low:
-                found_value[count], found_column[count] = line[column], column
-                count += 1
-        for t in range(count):
-            value, at = found_value[t], min(t, m)
-            if at == m and value <= found_value[m - 1]:
+def _keep_loop(tile: Int32, rows: Int32, first: int, width: int, best: Int64) -> None:
+    """Take the first `width` products of line i of `tile`, of lists from `first` on, into the best of row rows[i].
+
+    A list is kept as a key, its product in the upper half, in the lower one what is larger for lower numbers; keys
+    stand in descending order.
+    """
+    place = np.empty(SKIPPED, np.int64)
+    for i in range(rows.shape[0]):
+        keys = best[rows[i]]
+        least = np.int32(keys[-1] >> 32)
+        for start in range(0, width, SKIPPED):
+            line = tile[i, start : min(start + SKIPPED, width)]
+            # No branch depends on one product alone: a processor would guess half of them wrong.
+            top = line[0]
+            for j in range(line.shape[0]):
+                top = max(top, line[j])
+            if top < least:
                 continue
-            column = found_column[t]
-            at = min(at, m - 1)
-            while at > 0 and value > found_value[at - 1]:
-                found_value[at], found_column[at] = found_value[at - 1], found_column[at - 1]
-                at -= 1
-            found_value[at], found_column[at] = value, column
-        for k in range(min(count, m)):
-            columns[row, k] = found_column[k]
+            count = 0
+            for j in range(line.shape[0]):
+                place[count] = j
+                count += line[j] >= least
+            for j in place[:count]:
+                key = (np.int64(line[j]) << 32) + (LOWER_HALF - np.int64(first + start + j))
+                for t in range(keys.shape[0]):
+                    keys[t], key = max(keys[t], key), min(keys[t], key)
+            least = np.int32(keys[-1] >> 32)
 
 
 @compiled
-def _group_loop(cells: Int32, places: Int64, at: Int64, rows: Int32, place: Int64) -> None:
+def _group_loop(cells: Int32, at: Int64, rows: Int32) -> None:
     """Counting sort: `at` is where the next row of each cell goes."""
     for row in range(cells.shape[0]):
         for k in range(cells.shape[1]):
-            c = cells[row, k]
-            rows[at[c]], place[at[c]] = row, places[row, k]
-            at[c] += 1
-
-
-@compiled
-def _put_loop(tile: Int32, rows: Int32, place: Int64, width: int, product: Int32) -> None:
-    """Copy the first `width` of each line of `tile` to its row and place in `product`."""
-    for i in range(rows.shape[0]):
-        product[rows[i], place[i] : place[i] + width] = tile[i, :width]
-
-
-@compiled
-def _name_loop(columns: Int32, cells: Int32, ends: Int64, sizes: Int64, starts: Int64, lists: Int32) -> None:
-    """Write the lists that stand for columns of products, of a row's cells side by side; -1 for column -1."""
-    for row in range(columns.shape[0]):
-        for t in range(columns.shape[1]):
-            column, k = columns[row, t], 0
-            if column < 0:
-                continue
-            while ends[row, k] <= column:
-                k += 1
-            lists[row, t] = starts[cells[row, k]] + column - (ends[row, k] - sizes[row, k])
+            rows[at[cells[row, k]]] = row
+            at[cells[row, k]] += 1

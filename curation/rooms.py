@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.codes import SLACK, margin
-from curation.join import Rows
+from curation.rows import Rows
 from curation.scoring import compiled, inlined, readable, widen
 
 Int64 = npt.NDArray[np.int64]

@@ -1,69 +1,45 @@
-"""Signs of rotated vectors, 512 bits each: by them a partitioned join drops most of the pairs that meet.
+"""The sieve of a partitioned join: of the pairs that meet in a list it drops most by their signs (`signs`).
 
-The sign of a rotated coordinate differs between two vectors with probability p = acos(cosine) / pi (Goemans and
-Williamson, 1995; the rotation is that of `codes`), so the number of bits that differ tells the cosine to within about
-0.05. Counting them takes a few cycles, where a product of codes takes hundreds of operations. Pairs that are left go on
-to their codes, whose bound is proven.
+Counting the bits that differ takes a few cycles, where a product of codes takes hundreds of operations. Pairs that are
+left go on to their codes, whose bound is proven, and those that can be no edge of a forest are dropped, too.
 
-A sieve proves nothing: a pair right at the threshold is lost with a probability of about 1 in 1,000 (DEVIATIONS), one
-well above it never. A join whose recall is measured may use it; an exact one does not. Whether a pair passes depends on
-its two vectors alone.
+Among thousands of near-copies of one image, a crowd, most pairs pass, and codes are too coarse to tell which of them
+the forest wants. There pairs are multiplied in float32, whole tiles at once, and compared with how strongly both rows
+are tied to the middle of the crowd: rows that are less alike than that need no edge.
 """
 
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from curation.codes import Codes, margin
+from curation.codes import margin
 from curation.forest import Forest, is_decided
-from curation.scoring import FETCHED, compiled, inlined, popcount, touched
+from curation.products import Found
+from curation.rows import Rows
+from curation.scoring import FETCHED, compiled, cosine_pairs, inlined, popcount, search_margin, to_unit, touched
+from curation.signs import WORDS, passes
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
-Bool = npt.NDArray[np.bool_]
 
-WORDS = 8
-BITS = 64 * WORDS
-"""Coordinates whose signs are taken. Shorter vectors give too few bits to tell much, and multiply fast anyway."""
-DEVIATIONS = 3.0
-"""Standard deviations by which a pair at the threshold may have more different bits than it is expected to."""
 SPAN = 256
 """Counts that are compared with the limit at once."""
 GUESTS = 64
 """Sketches that are fetched from afar side by side."""
 OWN_ROWS = 1_024
 """Rows of a list that guests are compared with at a time: their codes stay in a processor's cache."""
-NO_PARENT = np.zeros((0, 0), np.int32)
+NO_PARENT, NO_LEVELS = np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
 ROOM = 1 << 17
 """Pairs that are found before they are handed on, more than OWN_ROWS."""
-
-
-def sketches(values: Int8) -> UInt64:
-    """Signs of the first BITS coordinates of codes, uint64 [n, WORDS], from int8 [n, k] with k >= BITS."""
-    bits = np.packbits(values[:, :BITS] < 0, axis=1, bitorder="little")
-    return np.ascontiguousarray(bits).view(np.uint64)
-
-
-def most_bits(threshold: float) -> int:
-    """The number of different bits up to which a pair may score above `threshold`."""
-    share = math.acos(min(1.0, max(-1.0, threshold))) / math.pi
-    return math.floor(BITS * share + DEVIATIONS * math.sqrt(BITS * share * (1 - share)))
-
-
-def helps(threshold: float, length: int) -> bool:
-    """Whether a sieve drops unrelated pairs of vectors with codes of this length, half of whose bits differ."""
-    return length >= BITS and most_bits(threshold) < BITS / 2 - DEVIATIONS * math.sqrt(BITS) / 2
-
-
-def passes(x: UInt64, y: UInt64, most: int) -> Bool:
-    """Which pairs of rows of `x` and `y`, uint64 [m, WORDS], differ in at most so many bits; bool [m]."""
-    few: Bool = np.bitwise_count(x ^ y).sum(axis=1) <= most
-    return few
+CROWDED = 8
+"""Rows are a crowd where one pair in so many passes."""
+MIDDLE, CANDIDATES, JUDGES = 32, 4_096, 64
+"""Rows that are the middle of a crowd, those that they are chosen from, and those that they are most alike to."""
 
 
 @compiled
@@ -85,7 +61,10 @@ def _sieve_loop(
     i: Int32,
     j: Int32,
 ) -> tuple[int, int]:
-    """Sieve guests[first:] against `own`; returns how many pairs were found, and the first guest not looked at."""
+    """Sieve guests[first:] against `own`; returns how many pairs were found, and the first guest not looked at.
+
+    `i` counts from `first`; `j` are places in `own`.
+    """
     found, most = 0, np.uint64(limit)
     count, near = np.empty(SPAN, np.uint64), np.empty((GUESTS, WORDS), np.uint64)
     for g in range(first, guests.shape[0]):
@@ -114,7 +93,7 @@ def _sieve_loop(
                 if line[t] <= most:
                     left -= 1
                     if not upper or guest < own[start + t]:
-                        i[found], j[found] = guest, own[start + t]
+                        i[found], j[found] = g - first, start + t
                         found += 1
                 t += 1
     return found, guests.shape[0]
@@ -129,6 +108,19 @@ def _product(codes: Int8, i: int, j: int) -> np.int32:
 
 
 @compiled
+def _untied_loop(
+    tile: Float32, least: np.float32, tied: Float32, own_tied: Float32, i: Int32, j: Int32, count: int
+) -> int:
+    """Move those of the first `count` pairs to the front whose product in `tile` reaches `least` and one row's tie."""
+    kept = 0
+    for t in range(count):
+        if tile[i[t], j[t]] >= max(least, min(tied[i[t]], own_tied[j[t]])):
+            i[kept], j[kept] = i[t], j[t]
+            kept += 1
+    return kept
+
+
+@compiled
 def _product_loop(
     codes: Int8,
     cutoff: Int32,
@@ -138,20 +130,25 @@ def _product_loop(
     scale: np.float32,
     levels: Float32,
     parent: Int32,
+    guests: Int32,
+    own: Int32,
     i: Int32,
     j: Int32,
     product: Int32,
     count: int,
 ) -> tuple[int, int]:
-    """Move those of the first `count` pairs that are left to the front; returns how many (and a sum of no meaning)."""
+    """Of the first `count` pairs, places in `guests` and `own`, move the rows of those that are left to the front.
+
+    Returns how many (and a sum of no meaning).
+    """
     kept, seen, last = 0, 0, -1
     for t in range(count):
         if t % FETCHED == 0:
             for ahead in range(t, min(t + FETCHED, count)):
                 if i[ahead] != last:
                     last = i[ahead]
-                    seen += touched(codes[last])
-        guest, other = i[t], j[t]
+                    seen += touched(codes[guests[last]])
+        guest, other = guests[i[t]], own[j[t]]
         total = _product(codes, guest, other)
         if total + allowance[other] < cutoff[guest]:
             continue
@@ -163,43 +160,109 @@ def _product_loop(
     return kept, seen
 
 
-def sieved(
-    sketch: UInt64,
-    codes: Codes,
-    guests: Int32,
-    own: Int32,
-    most: int,
-    cutoff: Int32,
-    allowance: Int32,
-    upper: bool = False,
-    nodes: npt.NDArray[Any] | None = None,
-    forest: Forest | None = None,
-) -> Iterator[tuple[Int32, Int32, Int32]]:
-    """Pairs of chosen rows whose sketches differ in at most `most` bits and whose codes reach their cutoff.
+@dataclass(frozen=True)
+class Sieve:
+    """Compares some rows with others.
 
-    Args:
-        sketch, codes: of all rows; sketches are uint64 [n, WORDS].
-        guests, own: the rows, int32 [g] and int32 [s].
-        most: as `most_bits` tells.
+    Attributes:
+        x: the rows, with sketches.
+        threshold: of the join.
+        most: bits that may differ in a pair that passes, as `most_bits` tells.
         cutoff, allowance: of all rows, int32 [n]; see `codes.cutoffs`.
-        upper: only pairs (i, j) with i < j; both must ascend.
-        nodes, forest: what a forest calls the rows, int [n]; left out are then pairs that can be none of its edges.
-            Most pairs of a large group are such, and are told fastest where they are found.
-
-    Yields:
-        i int32 [t] of `guests`, j int32 [t] of `own` and products of their codes, int32 [t].
+        forest: pairs that can be none of its edges are left out. Most pairs of a large group are such, and are told
+            fastest where they are found.
     """
-    i, j, product = np.empty((3, ROOM), np.int32)
-    nodes = own if nodes is None else nodes  # without a forest they are not read
-    levels, parent = (np.zeros(0, np.float32), NO_PARENT) if forest is None else (forest.levels, forest.parent)
-    known = codes.values, cutoff, allowance, nodes, codes.error, np.float32(codes.scale**2), levels, parent
-    for start in range(0, len(own), OWN_ROWS):
-        block = own[start : start + OWN_ROWS]
-        turned = np.empty((WORDS, len(block)), np.uint64)
-        _turn_loop(sketch, block, turned)
-        first, last = 0, np.searchsorted(guests, block[-1]) if upper else len(guests)
-        while first < last:
-            found, first = _sieve_loop(sketch, block, turned, guests[:last], first, upper, most, i, j)
-            kept, _ = _product_loop(*known, i, j, product, found)
-            if kept:
-                yield i[:kept].copy(), j[:kept].copy(), product[:kept].copy()
+
+    x: Rows
+    threshold: float
+    most: int
+    cutoff: Int32
+    allowance: Int32
+    forest: Forest | None = None
+
+    def met(self, guests: Int32, own: Int32, among: bool = True) -> Iterator[Found]:
+        """Pairs of rows that pass, and whose codes reach their cutoff.
+
+        Args:
+            guests, own: rows, int32 [g] and int32 [s]; `own` ascends.
+            among: also pairs of `own`; a forest needs them, for what is left out relies on them.
+
+        Yields:
+            i int32 [t], j int32 [t] of `own` and products of their codes, int32 [t].
+        """
+        if among:
+            yield from self._pairs(own, own, upper=True)
+        yield from self._pairs(guests, own)
+
+    def _pairs(self, guests: Int32, own: Int32, upper: bool = False) -> Iterator[Found]:
+        sketch, codes = self._sketches, self.x.codes
+        i, j, product = np.empty((3, ROOM), np.int32)
+        levels, parent = (NO_LEVELS, NO_PARENT) if self.forest is None else (self.forest.levels, self.forest.parent)
+        known = codes.values, self.cutoff, self.allowance, self.x.nodes, codes.error, np.float32(codes.scale**2)
+        crowd: _Crowd | None = None
+        for start in range(0, len(own), OWN_ROWS):
+            block = own[start : start + OWN_ROWS]
+            turned = np.empty((WORDS, len(block)), np.uint64)
+            _turn_loop(sketch, block, turned)
+            first, last = 0, np.searchsorted(guests, block[-1]) if upper else len(guests)
+            while first < last:
+                found, stop = _sieve_loop(sketch, block, turned, guests[:last], first, upper, self.most, i, j)
+                if self.forest is not None and found * CROWDED > (stop - first) * len(block):
+                    crowd = crowd or _Crowd(self.x, self.threshold, self.most, guests, own)
+                    found = crowd.untied(slice(first, stop), slice(start, start + OWN_ROWS), i, j, found)
+                kept, _ = _product_loop(*known, levels, parent, guests[first:stop], block, i, j, product, found)
+                if kept:
+                    yield i[:kept].copy(), j[:kept].copy(), product[:kept].copy()
+                first = stop
+
+    @property
+    def _sketches(self) -> UInt64:
+        assert self.x.sketches is not None
+        return self.x.sketches
+
+
+class _Crowd:
+    """Rows of a list of near-copies and its guests, and how strongly each is tied to the middle of the list.
+
+    Any two of them are connected at least as strongly as the weaker is tied, by pairs that pass and are offered to the
+    forest. So a pair that scores less is none of its edges (cycle property of maximum spanning trees).
+    """
+
+    def __init__(self, x: Rows, threshold: float, most: int, guests: Int32, own: Int32) -> None:
+        self._x, self._most, self._guests, self._own = x, most, guests, own
+        self._slack = np.float32(search_margin(x.vectors.shape[1]))
+        self._least = np.float32(threshold) - self._slack
+        self._held = slice(0), np.zeros((0, 0), np.float32)
+        some = own[:: -(-len(own) // CANDIDATES)]
+        units = self._unit(some)
+        alike = _products(units[:: -(-len(some) // JUDGES)], units).sum(axis=0)
+        middle = some[np.argsort(-alike, kind="stable")[:MIDDLE]]
+        ties = list(zip(middle, self._passing(middle[0], middle), strict=True))
+        self._tied, self._own_tied = (
+            np.maximum.reduce([np.minimum(self._passing(row, some), tie) for row, tie in ties]) - self._slack
+            for some in (guests, own)
+        )
+
+    def untied(self, guests: slice, own: slice, i: Int32, j: Int32, count: int) -> int:
+        """Move to the front those of `count` pairs of places in both slices that may be edges; returns how many."""
+        if own != self._held[0]:
+            self._held = own, self._unit(self._own[own])
+        tile = _products(self._unit(self._guests[guests]), self._held[1])
+        return _untied_loop(tile, self._least, self._tied[guests], self._own_tied[own], i, j, count)
+
+    def _unit(self, rows: Int32) -> Float32:
+        return to_unit(self._x.vectors[self._x.at[rows]])
+
+    def _passing(self, row: int, others: Int32) -> Float32:
+        """Scores of a row with others, -1 where the pair does not pass."""
+        x = self._x
+        assert x.sketches is not None
+        score = cosine_pairs(x.vectors, np.full(len(others), x.at[row]), x.vectors, x.at[others], x.norms, x.norms)
+        return np.where(passes(x.sketches[others], x.sketches[row], self._most), score, np.float32(-1))
+
+
+def _products(x: Float32, y: Float32) -> Float32:
+    import torch
+
+    product: Float32 = (torch.from_numpy(x) @ torch.from_numpy(y).t()).numpy()
+    return product

@@ -38,6 +38,8 @@ SLOW = (
     "this machine multiplies codes in float32, several times slower than one with int8 instructions (VNNI, AMX), for "
     "which times are given"
 )
+TELLS_SLOW_FROM = 60.0
+"""Seconds of work from which a user is told of a slow machine."""
 CACHED = 0.75
 """Share of this machine's memory that vectors and codes may take to be joined in place."""
 
@@ -46,6 +48,7 @@ CACHED = 0.75
 class Engine:
     """An engine with all its settings resolved; `why` tells how it was chosen.
 
+    All pairs would take one core about `seconds`, infinitely many where nobody estimated them.
     The `device` that multiplies is none of the values, since products of integers are the same on all; nor is whether
     a partitioned join is made `in_place`: the same pairs meet where they lie and where they travel to.
     """
@@ -55,18 +58,28 @@ class Engine:
     why: str
     device: str = "auto"
     in_place: bool | None = None
+    seconds: float = math.inf
 
     def notes(self) -> list[str]:
         """What the user is told before work begins, one line each."""
-        is_slow = self.name != "faiss" and _device(self) == "cpu" and not takes_int8()
-        return [self.why, SLOW] if is_slow else [self.why]
+        is_told = self.name != "faiss" and self.seconds >= TELLS_SLOW_FROM
+        return [self.why, SLOW] if is_told and self.resolved_device == "cpu" and not takes_int8() else [self.why]
+
+    @property
+    def resolved_device(self) -> str:
+        """`cuda` where it is asked for, or where this machine has a GPU."""
+        if self.device != "auto" or self.name == "faiss":
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:
     """The engine for so many vectors of so many numbers. Raises ConfigError where there are too many for it."""
     name = settings.engine
     seconds = num_nodes**2 * dim / OPERATIONS_PER_SECOND
-    told = f"{num_nodes:,} vectors (all pairs take one core about {_time(seconds)}"
+    told = f"{num_nodes:,} vectors (all pairs take one core about {spoken_time(seconds)}"
     if name == "auto":
         name = "exact" if num_nodes <= EXACT_UP_TO else "partitioned"
         told += f"; auto joins exactly up to {EXACT_UP_TO:,} vectors"
@@ -79,13 +92,16 @@ def resolve(settings: JoinSettings, num_nodes: int, dim: int) -> Engine:
                 f"the exact join takes at most {EXACT_AT_MOST:,} vectors, but there are {num_nodes:,}: "
                 "set dedup.join.engine to partitioned"
             )
-        return Engine(name, {"block_rows": block_rows(num_nodes)}, f"exact join of {told}", settings.device)
+        return Engine(
+            name, {"block_rows": block_rows(num_nodes)}, f"exact join of {told}", settings.device, seconds=seconds
+        )
     if name == "faiss":
         values = {key: getattr(settings, key) for key in ("index", "nprobe", "k", "slack")}
         return Engine(name, values, f"FAISS index {settings.index}, {settings.k} nearest, of {told}")
     values = _partitioned(settings, num_nodes)
     how = "{quantizers} quantizers of {num_lists:,} lists, {lists_joined} joined".format(**values)
-    return Engine(name, values, f"partitioned join, {how}, of {told}", settings.device, settings.in_place)
+    why = f"partitioned join, {how}, of {told}"
+    return Engine(name, values, why, settings.device, settings.in_place, seconds)
 
 
 def _partitioned(settings: JoinSettings, num_nodes: int) -> dict[str, Any]:
@@ -101,7 +117,8 @@ def _partitioned(settings: JoinSettings, num_nodes: int) -> dict[str, Any]:
     }
 
 
-def _time(seconds: float) -> str:
+def spoken_time(seconds: float) -> str:
+    """A time as one says it: `3 hours`, `40 seconds`, `a second`."""
     for unit, size in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
@@ -115,15 +132,6 @@ class Planned:
     steps: list[Step]
     edges: list[str]
     lists: str | None
-
-
-def _device(engine: Engine) -> str:
-    """`cuda` where it is asked for, or where this machine has a GPU."""
-    if engine.device != "auto" or engine.name == "faiss":
-        return engine.device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _is_in_place(engine: Engine, nodes: Nodes, out: str) -> bool:
@@ -140,7 +148,7 @@ def plan_join(engine: Engine, nodes: Nodes, threshold: float, keep: Keep, seed: 
     def at(name: str) -> tuple[str, str, dict[str, Any], bool]:
         return storage.join(out, f"_{prefix}{name}"), f"{prefix}{name}".replace("_", " "), {}, False
 
-    device = _device(engine)
+    device = engine.resolved_device
     size = HUB_SAMPLE
     if engine.name == "partitioned":
         size = max(size, POINTS_PER_LIST * engine.values["num_lists"] * engine.values["quantizers"])

@@ -22,11 +22,11 @@ import pyarrow as pa
 from curation import storage
 from curation.codes import Codes, encode
 from curation.hubs import TAU, balls, content_hash, leaders
-from curation.join import Rows
 from curation.products import Multiplier
+from curation.rows import Rows
 from curation.scoring import cosine_pairs, norms
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
-from curation.sieve import WORDS, helps, sketches
+from curation.signs import WORDS, helps, sketches
 from pipelines.join import DeviceStep, read_sample
 from pipelines.nodes import Nodes
 from pipelines.unit import Step

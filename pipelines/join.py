@@ -20,9 +20,10 @@ import pyarrow as pa
 from curation.forest import Edges, Forest
 from curation.hashing import keyed_hash
 from curation.hubs import find_pivots
-from curation.join import Best, Join, Rows, comparable, rows_of, unique
+from curation.join import Best, Join, comparable, unique
 from curation.partwise import fixed_size_lists, matrix
 from curation.products import Multiplier
+from curation.rows import Rows, rows_of
 from curation.schemas import embeddings
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.executor import Needs

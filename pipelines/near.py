@@ -15,9 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.join import rows_of
 from curation.nearest import NONE, Nearest, query_rows
 from curation.products import Multiplier
+from curation.rows import rows_of
 from curation.shards import PartWriter, ShardSet
 from pipelines.join import DeviceStep, read_sample
 from pipelines.nodes import Nodes

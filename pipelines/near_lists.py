@@ -19,10 +19,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curation.join import Members, rows_of
+from curation.join import Members
 from curation.nearest import Nearest, query_rows
 from curation.partwise import fixed_size_lists, matrix, packed, unpacked
 from curation.products import Multiplier
+from curation.rows import rows_of
 from curation.shards import PartWriter, ShardSet
 from pipelines.join import DeviceStep
 from pipelines.near import NEAR, write_near

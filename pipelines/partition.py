@@ -12,10 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from curation.hubs import content_hash
-from curation.join import Join, Members, Unique, all_rows, comparable, join_cells, unique, visitors
+from curation.join import Join, Members, Unique, comparable, join_cells, unique, visitors
 from curation.layout import home_cell
 from curation.partwise import matrix, unpacked
 from curation.products import Multiplier
+from curation.rows import all_rows
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
 from pipelines.join import DeviceStep, PairsStep, edge_table, read_sample, without
 from pipelines.partitioned import read_layout

@@ -4,7 +4,7 @@ Priced are the pools among themselves; what they and the references cost in the 
 less, since only representatives take part.
 """
 
-from curation.sieve import BITS
+from curation.signs import BITS
 from pipelines.engine import EXACT_AT_MOST, OPERATIONS_PER_SECOND, Engine, resolve
 from pipelines.join import PIECE_ROWS, block_rows
 from pipelines.price import COST_COLUMNS, REST_COLUMNS, Cost, centroids_ranked, cost_cells, rate_rows, vector_rows

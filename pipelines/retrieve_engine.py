@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curation import storage
-from pipelines.engine import MAX_LISTS, OPERATIONS_PER_SECOND, Engine
+from pipelines.engine import MAX_LISTS, OPERATIONS_PER_SECOND, Engine, spoken_time
 from pipelines.join import SampleStep
 from pipelines.near import CompareStep, KeptNodes
 from pipelines.near_lists import MeetStep, Ranges, TravelStep
@@ -28,13 +28,14 @@ PAIRS_PER_SECOND = OPERATIONS_PER_SECOND / 2
 def resolve(settings: RetrieveSettings, num_queries: int, num_pool: int, dim: int) -> Engine:
     """The engine for so many queries and pool images of so many numbers; `why` says what comparing all would cost."""
     pairs, name = num_queries * num_pool, settings.engine
+    seconds = pairs * dim / PAIRS_PER_SECOND
     told = f"{num_queries:,} queries x {num_pool:,} pool images (all pairs take one core about "
-    told += _time(pairs * dim / PAIRS_PER_SECOND)
+    told += spoken_time(seconds)
     if name == "auto":
         name = "exact" if pairs <= EXACT_PAIRS else "partitioned"
         told += f"; auto compares all up to {EXACT_PAIRS:,} pairs"
     if name == "exact":
-        return Engine(name, {}, f"exact search of {told})", settings.device)
+        return Engine(name, {}, f"exact search of {told})", settings.device, seconds=seconds)
     near = 2 ** round(math.log2(max(1, LISTS_PER_ROOT * math.sqrt(num_pool))))
     num_lists = settings.num_lists or min(max(1, near), MAX_LISTS)
     values = {
@@ -45,23 +46,7 @@ def resolve(settings: RetrieveSettings, num_queries: int, num_pool: int, dim: in
         "recall_sample": settings.recall_sample,
     }
     how = "{quantizers} quantizers of {num_lists:,} lists, {lists_joined} visited".format(**values)
-    return Engine(name, values, f"partitioned search, {how}, of {told})", settings.device)
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return "a second" if seconds <= 1 else f"{math.ceil(seconds)} seconds"
-
-
-def _device(engine: Engine) -> str:
-    """`cuda` where it is asked for, or where this machine has a GPU."""
-    if engine.device != "auto":
-        return engine.device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return Engine(name, values, f"partitioned search, {how}, of {told})", settings.device, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -88,9 +73,9 @@ class Search:
     def plan(self, engine: Engine) -> tuple[list[Step], str]:
         """The steps of a search, and where what it finds lies: a set of `near.NEAR`."""
         if engine.name == "exact":
-            compared = CompareStep(*self._at("compared"), self.queries, self.pool, self.k, None, _device(engine))
+            compared = CompareStep(*self._at("compared"), self.queries, self.pool, self.k, None, engine.resolved_device)
             return [compared], compared.out
-        values, device = engine.values, _device(engine)
+        values, device = engine.values, engine.resolved_device
         m, asked = values["lists_joined"], Nodes([self.queries], [])
         size = max(POINTS_PER_LIST * values["num_lists"] * values["quantizers"], 1)
         sample = SampleStep(*self._at("sample"), self.pool, size, self.seed, "retrieve")
@@ -110,7 +95,7 @@ class Search:
         values = engine.values
         asked = Nodes([self.queries], [])
         sample = SampleStep(*self._at("recall_sample"), asked, values["recall_sample"], self.seed, "retrieval recall")
-        truth = CompareStep(*self._at("truth"), self.queries, self.pool, self.k, sample.out, _device(engine))
+        truth = CompareStep(*self._at("truth"), self.queries, self.pool, self.k, sample.out, engine.resolved_device)
         shape = self.k, values["quantizers"], values["lists_joined"], target, self.seed
         figures = RetrievalRecallStep(recall, "retrieval_recall", labels, True, self.queries, found, truth.out, *shape)
         return [sample, truth, figures]

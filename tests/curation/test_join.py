@@ -13,10 +13,11 @@ from curation.codes import encode
 from curation.components import spanning_forest
 from curation.errors import LvdError
 from curation.forest import Edges, Forest
-from curation.join import Best, Join, Members, Rows, join_cells, rows_of, unique, visitors
+from curation.join import Best, Join, Members, join_cells, unique, visitors
 from curation.products import Multiplier
+from curation.rows import Rows, rows_of
 from curation.scoring import cosine_pairs
-from curation.sieve import passes, sketches
+from curation.signs import passes, sketches
 
 NUM_ROWS = 3000
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from curation import nearest
-from curation.join import Members, rows_of
+from curation.join import Members
 from curation.nearest import NONE, Nearest
 from curation.products import Multiplier
+from curation.rows import rows_of
 from curation.scoring import cosine_pairs, norms
 
 Near = tuple[np.ndarray, np.ndarray, np.ndarray]

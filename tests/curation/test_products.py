@@ -26,6 +26,17 @@ def all_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return x.astype(np.int64) @ y.astype(np.int64).T
 
 
+def assert_products(multiplier: Multiplier, x: np.ndarray, y: np.ndarray) -> None:
+    """All are there once, exactly."""
+    found = np.full((len(x), len(y)), -1, dtype=np.int64)
+    for rows, columns, tile in multiplier.tiles(x, y):
+        assert tile.dtype == np.int32
+        place = found[rows, columns]
+        assert (place == -1).all()
+        place[:] = tile[: place.shape[0], : place.shape[1]]
+    np.testing.assert_array_equal(found, all_products(x, y))
+
+
 def random_bounds(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, share: float) -> tuple[np.ndarray, ...]:
     """Cutoffs that about `share` of the products reach, some rows' all or none, many exactly; and allowances."""
     allowance = rng.integers(0, 3000, len(y)).astype(np.int32)
@@ -87,9 +98,7 @@ def test_products_are_those_of_integers(width: int, takes_int8: bool, monkeypatc
     for num_x, num_y in ((1, 1), (1, 700), (257, 63), (300, 65), (1025, 5), (2, 1100), (0, 4), (4, 0)):
         x, y = random_codes(rng, num_x, width), random_codes(rng, num_y, width)
         x[:1], y[:1] = 127, 127  # the largest sum there is
-        found = multiplier.products(x, y)
-        assert found.dtype == np.int32
-        np.testing.assert_array_equal(found, all_products(x, y))
+        assert_products(multiplier, x, y)
 
 
 @pytest.mark.parametrize("slow", ["_int_mm", "_float_products"])
@@ -111,7 +120,10 @@ for dim in (7, 128, 129, 512):
     x = rng.standard_normal((600, dim)) * (rng.random((600, dim)) < rng.choice([0.02, 0.1, 1], (600, 1)))
     x[:30] = np.eye(dim)[np.arange(30) % dim]
     values = encode(x.astype(np.float16)).values
-    assert np.array_equal(Multiplier().products(values, values), values.astype(np.int64) @ values.astype(np.int64).T)
+    expected = values.astype(np.int64) @ values.astype(np.int64).T
+    for rows, columns, tile in Multiplier().tiles(values, values):
+        part = expected[rows, columns]
+        assert np.array_equal(tile[: part.shape[0], : part.shape[1]], part)
 """
 
 
@@ -204,6 +216,6 @@ def test_the_same_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     multiplier, rng = Multiplier("cuda"), np.random.default_rng(0)
     for num_x, num_y in ((1, 1), (512, 513), (1100, 700)):
         x, y = random_codes(rng, num_x, 96, 127), random_codes(rng, num_y, 96, 127)
-        np.testing.assert_array_equal(multiplier.products(x, y), all_products(x, y))
+        assert_products(multiplier, x, y)
         assert_candidates(multiplier, x, y, random_bounds(rng, x, y, 0.1))
         assert_candidates(multiplier, x, x, random_bounds(rng, x, x, 0.1), upper=True)

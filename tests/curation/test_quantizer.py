@@ -63,8 +63,7 @@ def slow_lists(x: np.ndarray, quantizer: Quantizer, m: int, probes: int) -> np.n
 @pytest.mark.parametrize("dim", [8, 24, 128])
 def test_nearest_lists_are_exactly_those(dim: int, seed: int, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks == "small":
-        for name, size in (("STEP_ROWS", 17), ("HELD_PRODUCTS", 1), ("LISTS_BLOCK", 60)):
-            monkeypatch.setattr(quantizer_module, name, size)
+        monkeypatch.setattr(quantizer_module, "LISTS_BLOCK", 60)
     rng = np.random.default_rng(seed)
     quantizer = random_quantizer(rng, 24, dim)
     x = vectors(rng, 130, dim)

@@ -1,15 +1,16 @@
-"""The sieve drops and keeps what a count of bits, one by one, says, and rarely drops what lies above the threshold."""
-
-import math
+"""The sieve drops and keeps what bits and codes, one by one, say, and a forest is that of all pairs that pass."""
 
 import numpy as np
 import pytest
 
 from curation import sieve
-from curation.codes import allowances, at_most, cutoffs, encode
+from curation.codes import allowances, at_most, cutoffs
+from curation.components import spanning_forest
 from curation.forest import Forest
-from curation.scoring import cosine_pairs, popcount
-from curation.sieve import BITS, WORDS, helps, most_bits, passes, sieved, sketches
+from curation.rows import Rows, rows_of
+from curation.scoring import cosine_pairs
+from curation.sieve import Sieve
+from curation.signs import most_bits, passes
 
 
 def slow_bits(x: np.ndarray, y: np.ndarray) -> int:
@@ -24,108 +25,116 @@ def families(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
     return (weight * center + np.sqrt(1 - weight**2) * own).astype(np.float16)
 
 
-@pytest.mark.parametrize("dim", [512, 576, 1024])
-def test_sketches_are_the_signs_of_codes(dim: int) -> None:
-    values = encode(families(np.random.default_rng(dim), 40, dim)).values
-    made = sketches(values)
-    assert made.dtype == np.uint64 and made.shape == (40, WORDS)
-    for row, words in zip(values, made, strict=True):
-        bits = [int(words[t // 64]) >> t % 64 & 1 for t in range(BITS)]
-        assert bits == (row[:BITS] < 0).astype(int).tolist()
+def sieve_of(x: Rows, threshold: float, forest: Forest | None = None) -> Sieve:
+    cutoff, allowance = cutoffs(threshold, x.codes), allowances(x.codes, float(x.codes.error.max()))
+    return Sieve(x, threshold, most_bits(threshold), cutoff, allowance, forest)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_bits_are_counted_as_one_by_one(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    x, y = (rng.integers(0, 2**64, (60, WORDS), dtype=np.uint64) for _ in range(2))
-    bits = [slow_bits(a, b) for a, b in zip(x, y, strict=True)]
-    most = int(np.median(bits))
-    assert passes(x, y, most).tolist() == [count <= most for count in bits]
-    assert [int(popcount(word)) for word in x[0]] == [bin(int(word)).count("1") for word in x[0]]
-
-
-@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("among", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_passes_is_what_few_bits_and_the_codes_say(
-    monkeypatch: pytest.MonkeyPatch, seed: int, upper: bool
+    monkeypatch: pytest.MonkeyPatch, seed: int, among: bool
 ) -> None:
     """More rows than are counted, fetched or found at once."""
     monkeypatch.setattr(sieve, "ROOM", 500)
     monkeypatch.setattr(sieve, "OWN_ROWS", 290)
     rng = np.random.default_rng(seed)
-    codes = encode(families(rng, 700, 512))
-    sketch, threshold = sketches(codes.values), 0.6
-    cutoff, allowance = cutoffs(threshold, codes), allowances(codes, float(codes.error.max()))
+    x = rows_of(np.arange(700), families(rng, 700, 512)).sketched(0.6)
+    asked = sieve_of(x, 0.6)
     own = np.sort(rng.permutation(700)[:300]).astype(np.int32)
-    guests = own if upper else rng.permutation(700)[:150].astype(np.int32)
-    most = most_bits(threshold)
-    pieces = list(sieved(sketch, codes, guests, own, most, cutoff, allowance, upper))
+    guests = np.setdiff1d(rng.permutation(700)[:150].astype(np.int32), own)
+    pieces = list(asked.met(guests, own, among))
     found = {(int(i), int(j)): int(p) for piece in pieces for i, j, p in zip(*piece, strict=True)}
-    wide = codes.values.astype(np.int64)
+    wide = x.codes.values.astype(np.int64)
+    product, pairs = wide @ wide.T, [(i, j) for i in guests for j in own]
+    pairs += [(i, j) for i in own for j in own if among and i < j]
+    bits = {pair: slow_bits(x.sketches[pair[0]], x.sketches[pair[1]]) for pair in pairs}
     expected = {
-        (int(i), int(j)): int(wide[i] @ wide[j])
-        for i in guests
-        for j in own
-        if (i < j or not upper)
-        and wide[i] @ wide[j] + allowance[j] >= cutoff[i]
-        and slow_bits(sketch[i], sketch[j]) <= most
+        (int(i), int(j)): int(product[i, j])
+        for i, j in pairs
+        if product[i, j] + asked.allowance[j] >= asked.cutoff[i] and bits[i, j] <= most_bits(0.6)
     }
     assert found == expected
-    assert len(pieces) > 1 and 500 < len(found) < len(guests) * len(own) / 4
+    assert len(pieces) > 1 and 500 < len(found) < len(pairs) / 4
     assert sum(len(piece[0]) for piece in pieces) == len(found)  # each once
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_with_a_forest_only_pairs_that_may_be_its_edges_are_told(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    x = families(rng, 300, 512)
-    codes, threshold, names = encode(x), 0.5, rng.permutation(300)
-    cutoff, allowance = cutoffs(threshold, codes), allowances(codes, float(codes.error.max()))
-    every, forest = np.arange(300, dtype=np.int32), Forest(300, threshold)
-    given = sketches(codes.values), codes, every, every, most_bits(threshold), cutoff, allowance, True
-    ((i, j, product),) = sieved(*given)
+    vectors, threshold, names = families(rng, 300, 512), 0.5, rng.permutation(300)
+    x, every, none = rows_of(names, vectors).sketched(threshold), np.arange(300, dtype=np.int32), np.zeros(0, np.int32)
+    forest = Forest(300, threshold)
+    ((i, j, product),) = sieve_of(x, threshold).met(none, every)
     some = rng.random(len(i)) < 0.5
-    score = cosine_pairs(x, i[some], x, j[some])
+    score = cosine_pairs(vectors, i[some], vectors, j[some])
     above = score > np.float32(threshold)
     forest.add(names[i[some][above]], names[j[some][above]], score[above])
-    expected = forest.undecided(names[i], names[j], at_most(product, codes.error[i], codes.error[j], codes.scale))
-    ((a, b, _),) = sieved(*given, names, forest)
+    bound = at_most(product, x.codes.error[i], x.codes.error[j], x.codes.scale)
+    expected = forest.undecided(names[i], names[j], bound)
+    ((a, b, _),) = sieve_of(x, threshold, forest).met(none, every)
     assert list(zip(a, b, strict=True)) == list(zip(i[expected], j[expected], strict=True))
     assert 0 < expected.sum() < len(i) / 2
 
 
-def test_nothing_meets_nothing() -> None:
-    codes = encode(families(np.random.default_rng(0), 5, 512))
-    some, none, bound = np.arange(5, dtype=np.int32), np.zeros(0, np.int32), np.zeros(5, np.int32)
-    for guests, own in ((some, none), (none, some), (none, none)):
-        assert not list(sieved(sketches(codes.values), codes, guests, own, BITS, bound, bound))
+def crowd(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
+    """Near-copies of one image at cosines from 0.3 up, exact copies among them, and a few of nothing."""
+    weight = rng.choice([0.0, 0.55, 0.8, 0.9, 0.97], (count, 1), p=[0.1, 0.2, 0.3, 0.3, 0.1])
+    x = weight * rng.standard_normal(dim) + np.sqrt(1 - weight**2) * rng.standard_normal((count, dim))
+    x *= rng.uniform(0.01, 50, (count, 1))
+    x[rng.integers(0, count, count // 10)] = x[rng.integers(0, count, count // 10)]
+    return x.astype(np.float16)
 
 
-def pairs_at(rng: np.random.Generator, cosine: float, count: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of vectors with this cosine, up to rounding to float16."""
-    x, y = np.linalg.qr(rng.standard_normal((count, dim, 2)))[0].transpose(2, 0, 1)
-    return x.astype(np.float16), (cosine * x + math.sqrt(1 - cosine**2) * y).astype(np.float16)
+def test_crowds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where most pass, and where there is a forest."""
+    seen: list[int] = []
+    made = sieve._Crowd.untied
+    monkeypatch.setattr(sieve._Crowd, "untied", lambda *args: (seen.append(1), made(*args))[1])
+    rng, none = np.random.default_rng(0), np.zeros(0, np.int32)
+    for vectors, has_forest, is_crowd in (
+        (crowd(rng, 300, 512), True, True),
+        (crowd(rng, 300, 512), False, False),
+        (families(rng, 300, 512), True, False),
+    ):
+        seen.clear()
+        x = rows_of(np.arange(300), vectors).sketched(0.6)
+        list(sieve_of(x, 0.6, Forest(300, 0.6) if has_forest else None).met(none, np.arange(300, dtype=np.int32)))
+        assert bool(seen) == is_crowd
 
 
+@pytest.mark.parametrize("room", [400, 1 << 17])
 @pytest.mark.parametrize("threshold", [0.45, 0.6, 0.75])
-@pytest.mark.parametrize("dim", [512, 768])
-def test_a_pair_at_the_threshold_is_lost_once_in_hundreds_one_above_it_never(dim: int, threshold: float) -> None:
-    rng = np.random.default_rng(dim)
-    lost = []
-    for cosine in (threshold, threshold + 0.1, 0.0):
-        x, y = (sketches(encode(each).values) for each in pairs_at(rng, cosine, 3_000, dim))
-        lost.append(1 - passes(x, y, most_bits(threshold)).mean())
-    assert lost[0] < 0.005 and lost[1] == 0.0 and lost[2] > 0.995
+@pytest.mark.parametrize("seed", range(3))
+def test_the_forest_of_a_crowd_is_that_of_all_pairs_that_pass(
+    seed: int, threshold: float, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of all that is told, most pairs are left out."""
+    monkeypatch.setattr(sieve, "ROOM", room)
+    monkeypatch.setattr(sieve, "OWN_ROWS", 200)
+    monkeypatch.setattr(sieve, "MIDDLE", 1 + 4 * seed)
+    rng = np.random.default_rng(seed)
+    vectors = crowd(rng, 700, 512)
+    x = rows_of(np.arange(700), vectors).sketched(threshold)
+    own = np.sort(rng.permutation(700)[:500]).astype(np.int32)
+    guests = np.setdiff1d(np.arange(700, dtype=np.int32), own)
+    found = list(sieve_of(x, threshold, Forest(700, threshold)).met(guests, own))
+    forests = []
+    every = np.array([(i, j) for i in range(700) for j in own if i not in own or i < j]).T
+    for i, j in (np.concatenate([np.stack(piece[:2]) for piece in found], axis=1), every):
+        passed = passes(x.sketches[i], x.sketches[j], most_bits(threshold))
+        score = cosine_pairs(vectors, i, vectors, j)
+        kept = passed & (score > np.float32(threshold))
+        a, b = np.minimum(i, j)[kept].astype(np.int64), np.maximum(i, j)[kept].astype(np.int64)
+        tree = spanning_forest(a, b, score[kept])
+        forests.append(sorted(zip(a[tree], b[tree], score[kept][tree], strict=True)))
+    assert forests[0] == forests[1]
+    assert len(forests[0]) > 300
+    assert sum(len(piece[0]) for piece in found) < kept.sum() / 2
 
 
-def test_the_limit_follows_the_angle() -> None:
-    assert [most_bits(cosine) for cosine in (1.0, -1.0, 2.0, -2.0)] == [0, BITS, 0, BITS]
-    assert most_bits(0.0) == BITS // 2 + int(3 * math.sqrt(BITS) / 2)
-    assert most_bits(0.5) == math.floor(BITS / 3 + 3 * math.sqrt(BITS * 2 / 9))
-    limits = [most_bits(cosine) for cosine in np.linspace(-1, 1, 101)]
-    assert limits == sorted(limits, reverse=True)
-
-
-def test_a_sieve_helps_long_vectors_above_thresholds_that_unrelated_ones_are_below() -> None:
-    assert helps(0.6, 512) and helps(0.45, 512) and helps(0.6, 1024)
-    assert not helps(0.6, 504) and not helps(0.3, 512) and not helps(-1.0, 512)
+def test_nothing_meets_nothing() -> None:
+    x = rows_of(np.arange(5), families(np.random.default_rng(0), 5, 512)).sketched(0.6)
+    some, none = np.arange(5, dtype=np.int32), np.zeros(0, np.int32)
+    for guests, own in ((some, none), (none, none)):
+        assert not list(sieve_of(x, 0.6).met(guests, own))

@@ -173,10 +173,12 @@ def test_auto_takes_the_engine_by_the_number_of_vectors(num_nodes: int, name: st
 def test_a_slow_processor_is_told_of(takes_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "takes_int8", lambda: takes_int8)
     for name in ("exact", "partitioned"):
-        found = engine.resolve(joined(name, device="cpu"), 1_000, 8)
+        found = engine.resolve(joined(name, device="cpu"), 1_000_000, 512)
         assert found.notes() == [found.why, engine.SLOW][: 1 if takes_int8 else 2]
+        found = engine.resolve(joined(name, device="cpu"), 10_000, 512)  # a second's work
+        assert found.notes() == [found.why]
     for settings in (joined("exact", device="cuda"), joined("faiss")):
-        found = engine.resolve(settings, 1_000, 8)
+        found = engine.resolve(settings, 1_000_000, 512)
         assert found.notes() == [found.why]
 
 
