@@ -33,13 +33,15 @@ STEP_ROWS, STEP_COLUMNS = 256, 16
 
 FLOAT_LENGTH = 1024
 """So many products of codes add up to less than 2**24, up to which float32 holds every integer."""
-TIMED = 3
-"""Products of each form that are timed: under a millisecond each in hardware, 45 in a plain loop."""
+TIMED = 5
+"""Products of each form that are timed, by turns: under a millisecond each in hardware, 45 in a plain loop."""
+UNDOUBTED = 2
+"""Float32 must be so many times as fast, on a machine that may be busy with other things."""
 
 
 @functools.cache
 def takes_int8() -> bool:
-    """Whether this CPU's int8 products are exact, and faster than float32's; both forms give the same integers.
+    """Whether this CPU's int8 products are exact, and not far slower than float32's; both forms give the same integers.
 
     Without VNNI instructions neither is certain: sums of two may saturate at 16 bits, and where torch has no kernel a
     plain loop multiplies, at a twentieth of the rate of float32.
@@ -50,18 +52,16 @@ def takes_int8() -> bool:
     right = left.t()  # large enough that what a call costs does not count
     if not (torch._int_mm(left, right) == 512 * 127**2).all():
         return False
-    return _seconds(torch._int_mm, left, right) < _seconds(_float_products, left, right)
+    forms = torch._int_mm, _float_products
+    seconds = [[_seconds(form, left, right) for form in forms] for _ in range(1 + TIMED)][1:]  # the first warms up
+    int8, float32 = (min(taken) for taken in zip(*seconds, strict=True))
+    return int8 < UNDOUBTED * float32
 
 
 def _seconds(multiply: Callable[..., object], *sides: "torch.Tensor") -> float:
-    """The least that a product takes, of some after one that warms up."""
+    start = time.perf_counter()
     multiply(*sides)
-    taken = []
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        multiply(*sides)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    return time.perf_counter() - start
 
 
 def _float_products(block: "torch.Tensor", right: "torch.Tensor") -> "torch.Tensor":

@@ -104,7 +104,7 @@ def fit_quantizer(
 def default_num_coarse(num_lists: int) -> int:
     """The power of two nearest to sqrt(num_lists) / 2 by ratio, at least 1.
 
-    Cells of many lists: products with them are large, and their lists are ranked side by side.
+    Cells of many lists, so that products with them are large.
     """
     return 2 ** max(0, round(np.log2(num_lists) / 2 - 1)) if num_lists > 0 else 0
 

@@ -101,13 +101,13 @@ def test_products_are_those_of_integers(width: int, takes_int8: bool, monkeypatc
         assert_products(multiplier, x, y)
 
 
-@pytest.mark.parametrize("slow", ["_int_mm", "_float_products"])
-def test_the_faster_form_multiplies(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("int8", "float32"), [(3.0, 1.0), (1.0, 3.0), (1.5, 1.0)])
+def test_the_faster_form_multiplies_int8_in_doubt(int8: float, float32: float, monkeypatch: pytest.MonkeyPatch) -> None:
     if saturates():
         pytest.skip("int8 sums of this processor saturate")
     products.takes_int8.cache_clear()
-    monkeypatch.setattr(products, "_seconds", lambda multiply, *_: 2.0 if multiply.__name__ == slow else 1.0)
-    assert products.takes_int8() is (slow == "_float_products")
+    monkeypatch.setattr(products, "_seconds", lambda multiply, *_: int8 if multiply.__name__ == "_int_mm" else float32)
+    assert products.takes_int8() is (int8 < 3)
     products.takes_int8.cache_clear()
 
 
