@@ -55,7 +55,7 @@ def takes_int8() -> bool:
     forms = torch._int_mm, _float_products
     seconds = [[_seconds(form, left, right) for form in forms] for _ in range(1 + TIMED)][1:]  # the first warms up
     int8, float32 = (min(taken) for taken in zip(*seconds, strict=True))
-    return int8 < UNDOUBTED * float32
+    return bool(int8 < UNDOUBTED * float32)
 
 
 def _seconds(multiply: Callable[..., object], *sides: "torch.Tensor") -> float:

@@ -13,11 +13,6 @@ from curation.sieve import Sieve
 from curation.signs import most_bits, passes
 
 
-def slow_bits(x: np.ndarray, y: np.ndarray) -> int:
-    """Different bits of two sketches."""
-    return sum(bin(int(a) ^ int(b)).count("1") for a, b in zip(x, y, strict=True))
-
-
 def families(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
     """Vectors of few families, at cosines of about 0.4 to 0.8 within each."""
     weight = rng.uniform(0.6, 0.9, (count, 1))
@@ -48,11 +43,11 @@ def test_what_passes_is_what_few_bits_and_the_codes_say(
     wide = x.codes.values.astype(np.int64)
     product, pairs = wide @ wide.T, [(i, j) for i in guests for j in own]
     pairs += [(i, j) for i in own for j in own if among and i < j]
-    bits = {pair: slow_bits(x.sketches[pair[0]], x.sketches[pair[1]]) for pair in pairs}
+    few = passes(*(x.sketches[list(side)] for side in zip(*pairs, strict=True)), most_bits(0.6))
     expected = {
         (int(i), int(j)): int(product[i, j])
-        for i, j in pairs
-        if product[i, j] + asked.allowance[j] >= asked.cutoff[i] and bits[i, j] <= most_bits(0.6)
+        for (i, j), passed in zip(pairs, few, strict=True)
+        if passed and product[i, j] + asked.allowance[j] >= asked.cutoff[i]
     }
     assert found == expected
     assert len(pieces) > 1 and 500 < len(found) < len(pairs) / 4
