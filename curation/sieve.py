@@ -36,8 +36,9 @@ OWN_ROWS = 1_024
 NO_PARENT, NO_LEVELS = np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
 ROOM = 1 << 17
 """Pairs that are found before they are handed on, more than OWN_ROWS."""
-CROWDED = 8
-"""Rows are a crowd where one pair in so many passes."""
+CROWDED, LEAST_CROWD = 8, 1_024
+"""Where one pair in so many passes, of so many rows or more on both sides, they are a crowd; to set one up takes MIDDLE
+scores of each row."""
 MIDDLE, CANDIDATES, JUDGES = 32, 4_096, 64
 """Rows that are the middle of a crowd, those that they are chosen from, and those that they are most alike to."""
 
@@ -199,6 +200,7 @@ class Sieve:
         i, j, product = np.empty((3, ROOM), np.int32)
         levels, parent = (NO_LEVELS, NO_PARENT) if self.forest is None else (self.forest.levels, self.forest.parent)
         known = codes.values, self.cutoff, self.allowance, self.x.nodes, codes.error, np.float32(codes.scale**2)
+        may_crowd = self.forest is not None and min(len(guests), len(own)) >= LEAST_CROWD
         crowd: _Crowd | None = None
         for start in range(0, len(own), OWN_ROWS):
             block = own[start : start + OWN_ROWS]
@@ -207,7 +209,7 @@ class Sieve:
             first, last = 0, np.searchsorted(guests, block[-1]) if upper else len(guests)
             while first < last:
                 found, stop = _sieve_loop(sketch, block, turned, guests[:last], first, upper, self.most, i, j)
-                if self.forest is not None and found * CROWDED > (stop - first) * len(block):
+                if may_crowd and found * CROWDED > (stop - first) * len(block):
                     crowd = crowd or _Crowd(self.x, self.threshold, self.most, guests, own)
                     found = crowd.untied(slice(first, stop), slice(start, start + OWN_ROWS), i, j, found)
                 kept, _ = _product_loop(*known, levels, parent, guests[first:stop], block, i, j, product, found)

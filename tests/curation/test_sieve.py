@@ -82,17 +82,19 @@ def crowd(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
 
 
 def test_crowds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where most pass, and where there is a forest."""
+    """Only where most pass, of enough rows, and where there is a forest."""
     seen: list[int] = []
     made = sieve._Crowd.untied
     monkeypatch.setattr(sieve._Crowd, "untied", lambda *args: (seen.append(1), made(*args))[1])
     rng, none = np.random.default_rng(0), np.zeros(0, np.int32)
-    for vectors, has_forest, is_crowd in (
-        (crowd(rng, 300, 512), True, True),
-        (crowd(rng, 300, 512), False, False),
-        (families(rng, 300, 512), True, False),
+    for vectors, has_forest, least, is_crowd in (
+        (crowd(rng, 300, 512), True, 300, True),
+        (crowd(rng, 300, 512), True, 301, False),
+        (crowd(rng, 300, 512), False, 300, False),
+        (families(rng, 300, 512), True, 300, False),
     ):
         seen.clear()
+        monkeypatch.setattr(sieve, "LEAST_CROWD", least)
         x = rows_of(np.arange(300), vectors).sketched(0.6)
         list(sieve_of(x, 0.6, Forest(300, 0.6) if has_forest else None).met(none, np.arange(300, dtype=np.int32)))
         assert bool(seen) == is_crowd
@@ -107,6 +109,7 @@ def test_the_forest_of_a_crowd_is_that_of_all_pairs_that_pass(
     """And of all that is told, most pairs are left out."""
     monkeypatch.setattr(sieve, "ROOM", room)
     monkeypatch.setattr(sieve, "OWN_ROWS", 200)
+    monkeypatch.setattr(sieve, "LEAST_CROWD", 1)
     monkeypatch.setattr(sieve, "MIDDLE", 1 + 4 * seed)
     rng = np.random.default_rng(seed)
     vectors = crowd(rng, 700, 512)
