@@ -45,7 +45,10 @@ JOIN = ("sample", "hubs", "quantizers", "lists", "flat", "leads", "layout", "sca
 
 
 class Recorder(Progress):
-    """Times steps instead of drawing them: (name, parts, wall seconds, CPU seconds) each."""
+    """Times steps instead of drawing them: (name, parts, wall seconds, CPU seconds) each.
+
+    Told is also the highest memory so far, so that a run that is interrupted has told it.
+    """
 
     def __init__(self, watch: PeakMemory) -> None:
         super().__init__()
@@ -61,7 +64,8 @@ class Recorder(Progress):
         super().end()
         wall, cpu = time.perf_counter() - self._at[0], self._watch.cpu_seconds() - self._at[1]
         self.steps.append((*self._step, wall, cpu))
-        print(f"  {self._step[0]:<18} {self._step[1]:>4} parts {wall:>9.1f} s wall {cpu:>9.1f} s CPU", flush=True)
+        spent = f"{wall:>9.1f} s wall {cpu:>9.1f} s CPU {self._watch.peak / 2**30:>6.2f} GiB at most so far"
+        print(f"  {self._step[0]:<18} {self._step[1]:>4} parts {spent}", flush=True)
 
 
 def run_stage(arguments: argparse.Namespace, embeddings: str, images: str, out: str, executor: Executor) -> Recorder:
