@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation import hubs, sieve
+from curation import hubs, signs
 from curation.codes import encode
 from curation.shards import ShardSet
 from pipelines import flat, in_place, join, partitioned, unit
@@ -102,14 +102,14 @@ def test_long_vectors_go_through_the_sieve_wherever_they_meet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition_rows: int | None
 ) -> None:
     """In place and scattered the same pairs: those that meet and differ in few bits, here fewer than as a rule."""
-    monkeypatch.setattr(sieve, "DEVIATIONS", 0.0)
+    monkeypatch.setattr(signs, "DEVIATIONS", 0.0)
     world = make_world(tmp_path, 5, pool_sizes=(90, 60), num_families=20, dim=512)
     settings = lists_of(12, 2, quantizers=2, **travelling(partition_rows))
     execute(dedup_unit(tmp_path, world, references=[], join=settings, threshold=0.83))
     x = np.stack([world.vector[i] for ids in world.pools.values() for i in ids])
-    bits, meet = sieve.sketches(encode(x).values), met(tmp_path, 2)
+    bits, meet = signs.sketches(encode(x).values), met(tmp_path, 2)
     pairs = [(a, b, s) for a, b, s in all_pairs(world, 0.83) if meet(a, b)]
-    passed = sieve.passes(*(bits[[pair[end] for pair in pairs]] for end in (0, 1)), sieve.most_bits(0.83))
+    passed = signs.passes(*(bits[[pair[end] for pair in pairs]] for end in (0, 1)), signs.most_bits(0.83))
     expected = [pair for pair, kept in zip(pairs, passed, strict=True) if kept]
     check_forest(stored_forest(tmp_path), expected, 150)
     assert maximum_forest(expected, 150) != maximum_forest(pairs, 150)
