@@ -19,7 +19,7 @@ from curation.errors import ConfigError
 from curation.kmeans_init import draw_rows
 from curation.products import Multiplier
 from curation.sampling import proportional_shares
-from curation.scoring import Vectors, compiled, norms
+from curation.scoring import Vectors, compiled, inlined, norms, popcount
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -34,8 +34,8 @@ SEARCHED = 6
 
 LISTS_BLOCK = 16_384
 """Rows that are grouped by coarse cell at a time: enough of them share each cell, and their codes stay in a cache."""
-SKIPPED = 64
-"""Products that are skipped at once if none of them is among a row's best."""
+COMPARED = 64
+"""Products that are compared at once with the least of a row's best, one bit of a word for each that reaches it."""
 
 NO_LIST = np.int64(-(2**63))
 """A key less than that of any product."""
@@ -200,6 +200,26 @@ def _group(cells: Int32, num_cells: int) -> Iterator[tuple[int, Int32]]:
             yield c, rows[starts[c] : ends[c]]
 
 
+@inlined
+def _reached(line: Int32, m: int) -> np.int32:
+    """A product that at least m of a line reach, and few more: halves the range in which it may lie."""
+    low, high = np.int64(line[0]), np.int64(line[0])
+    for j in range(line.shape[0]):
+        low, high = min(low, np.int64(line[j])), max(high, np.int64(line[j]))
+    high += 1
+    while high - low > 1:
+        middle, count = np.int32((low + high) >> 1), 0
+        for j in range(line.shape[0]):
+            count += line[j] >= middle
+        if count < m:
+            high = np.int64(middle)
+        else:
+            low = np.int64(middle)
+            if count <= m + m // 4:
+                break
+    return np.int32(low)
+
+
 @compiled
 def _keep_loop(tile: Int32, rows: Int32, first: int, width: int, best: Int64) -> None:
     """Take the first `width` products of line i of `tile`, of lists from `first` on, into the best of row rows[i].
@@ -207,27 +227,27 @@ def _keep_loop(tile: Int32, rows: Int32, first: int, width: int, best: Int64) ->
     A list is kept as a key, its product in the upper half, in the lower one what is larger for lower numbers; keys
     stand in descending order.
     """
-    place = np.empty(SKIPPED, np.int64)
+    none, one = np.uint64(0), np.uint64(1)
+    bit = np.empty(COMPARED, np.uint64)
+    for t in range(COMPARED):
+        bit[t] = one << np.uint64(t)
     for i in range(rows.shape[0]):
         keys = best[rows[i]]
         least = np.int32(keys[-1] >> 32)
-        for start in range(0, width, SKIPPED):
-            line = tile[i, start : min(start + SKIPPED, width)]
+        if keys[-1] == NO_LIST and width > keys.shape[0]:
+            least = _reached(tile[i, :width], keys.shape[0])
+        for start in range(0, width, COMPARED):
             # No branch depends on one product alone: a processor would guess half of them wrong.
-            top = line[0]
+            line, enough = tile[i, start : min(start + COMPARED, width)], none
             for j in range(line.shape[0]):
-                top = max(top, line[j])
-            if top < least:
-                continue
-            count = 0
-            for j in range(line.shape[0]):
-                place[count] = j
-                count += line[j] >= least
-            for j in place[:count]:
+                enough |= bit[j] if line[j] >= least else none
+            while enough:
+                j = np.int64(popcount((enough & (~enough + one)) - one))
+                enough &= enough - one
                 key = (np.int64(line[j]) << 32) + (LOWER_HALF - np.int64(first + start + j))
                 for t in range(keys.shape[0]):
                     keys[t], key = max(keys[t], key), min(keys[t], key)
-            least = np.int32(keys[-1] >> 32)
+            least = max(least, np.int32(keys[-1] >> 32))
 
 
 @compiled

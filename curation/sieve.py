@@ -1,7 +1,7 @@
 """The sieve of a partitioned join: of the pairs that meet in a list it drops most by their signs (`signs`).
 
-Counting the bits that differ takes a few cycles, where a product of codes takes hundreds of operations. Pairs that are
-left go on to their codes, whose bound is proven, and those that can be no edge of a forest are dropped, too.
+Counting the bits that differ takes a cycle or two, where a product of codes takes hundreds of operations. Pairs that
+are left go on to their codes, whose bound is proven, and those that can be no edge of a forest are dropped, too.
 
 Among thousands of near-copies of one image, a crowd, most pairs pass, and codes are too coarse to tell which of them
 the forest wants. There pairs are multiplied in float32, whole tiles at once, and compared with how strongly both rows
@@ -19,23 +19,25 @@ from curation.codes import margin
 from curation.forest import Forest, is_decided
 from curation.products import Found
 from curation.rows import Rows
-from curation.scoring import FETCHED, compiled, cosine_pairs, inlined, popcount, search_margin, to_unit, touched
-from curation.signs import WORDS, passes
+from curation.scoring import FETCHED, LINE, compiled, cosine_pairs, inlined, popcount, search_margin, to_unit, touched
+from curation.signs import FIRST_WORDS, WORDS, MostBits, passes
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 UInt64 = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
 
-SPAN = 256
-"""Counts that are compared with the limit at once."""
+SPAN = 64
+"""Rows of a list whose sketches stand side by side, one bit of a word for each pair with them that passes."""
+TILE = 512
+"""Rows of a list that some guests are compared with before the next: their sketches stay in a core's first cache."""
 GUESTS = 64
-"""Sketches that are fetched from afar side by side."""
+"""Guests whose sketches are fetched from afar side by side, and compared with one tile after another."""
 OWN_ROWS = 1_024
 """Rows of a list that guests are compared with at a time: their codes stay in a processor's cache."""
 NO_PARENT, NO_LEVELS = np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
 ROOM = 1 << 17
-"""Pairs that are found before they are handed on, more than OWN_ROWS."""
+"""Pairs that are found before they are handed on, more than GUESTS * OWN_ROWS."""
 CROWDED, LEAST_CROWD = 8, 1_024
 """Where one pair in so many passes, of so many rows or more on both sides, they are a crowd; to set one up takes MIDDLE
 scores of each row."""
@@ -43,11 +45,20 @@ MIDDLE, CANDIDATES, JUDGES = 32, 4_096, 64
 """Rows that are the middle of a crowd, those that they are chosen from, and those that they are most alike to."""
 
 
+def _turned_room() -> UInt64:
+    """Room for what `_turn_loop` writes of OWN_ROWS rows, from the start of a line: reads across two take longer."""
+    words = -(-OWN_ROWS // SPAN) * SPAN * FIRST_WORDS
+    room = np.empty(words + LINE // 8, np.uint64)
+    return room[-room.ctypes.data % LINE // 8 :][:words]
+
+
 @compiled
 def _turn_loop(sketch: UInt64, rows: Int32, turned: UInt64) -> None:
+    """Write the first words of sketches, of SPAN rows at a time: of all of them the first, then the second, ..."""
     for j in range(rows.shape[0]):
-        for word in range(sketch.shape[1]):
-            turned[word, j] = sketch[rows[j], word]
+        start = (j // SPAN) * SPAN * FIRST_WORDS + j % SPAN
+        for word in range(FIRST_WORDS):
+            turned[start + word * SPAN] = sketch[rows[j], word]
 
 
 @compiled
@@ -58,45 +69,46 @@ def _sieve_loop(
     guests: Int32,
     first: int,
     upper: bool,
-    limit: int,
+    most_first: int,
+    most: int,
     i: Int32,
     j: Int32,
 ) -> tuple[int, int]:
     """Sieve guests[first:] against `own`; returns how many pairs were found, and the first guest not looked at.
 
-    `i` counts from `first`; `j` are places in `own`.
+    `i` counts from `first`; `j` are places in `own`, whose sketches are `turned`.
     """
-    found, most = 0, np.uint64(limit)
-    count, near = np.empty(SPAN, np.uint64), np.empty((GUESTS, WORDS), np.uint64)
-    for g in range(first, guests.shape[0]):
-        if found + own.shape[0] > i.shape[0]:
-            return found, g
-        place = (g - first) % GUESTS
-        if place == 0:  # loads that do not wait for each other
-            for n in range(min(GUESTS, guests.shape[0] - g)):
-                for word in range(WORDS):
-                    near[n, word] = sketch[guests[g + n], word]
-        guest = guests[g]
-        a, b, c, d = near[place, 0], near[place, 1], near[place, 2], near[place, 3]
-        e, f, h, k = near[place, 4], near[place, 5], near[place, 6], near[place, 7]
-        for start in range(0, own.shape[0], SPAN):
-            stop = min(start + SPAN, own.shape[0])
-            line, left = count[: stop - start], 0
-            w0, w1, w2, w3 = turned[0, start:stop], turned[1, start:stop], turned[2, start:stop], turned[3, start:stop]
-            w4, w5, w6, w7 = turned[4, start:stop], turned[5, start:stop], turned[6, start:stop], turned[7, start:stop]
-            for t in range(line.shape[0]):
-                one = popcount(a ^ w0[t]) + popcount(b ^ w1[t]) + popcount(c ^ w2[t]) + popcount(d ^ w3[t])
-                two = popcount(e ^ w4[t]) + popcount(f ^ w5[t]) + popcount(h ^ w6[t]) + popcount(k ^ w7[t])
-                line[t] = one + two
-                left += one + two <= most
-            t = 0
-            while left:
-                if line[t] <= most:
-                    left -= 1
-                    if not upper or guest < own[start + t]:
-                        i[found], j[found] = g - first, start + t
-                        found += 1
-                t += 1
+    found, none, one = 0, np.uint64(0), np.uint64(1)
+    near, bit = np.empty((GUESTS, WORDS), np.uint64), np.empty(SPAN, np.uint64)
+    for t in range(SPAN):
+        bit[t] = one << np.uint64(t)
+    for top in range(first, guests.shape[0], GUESTS):
+        some = min(GUESTS, guests.shape[0] - top)
+        if found + some * own.shape[0] > i.shape[0]:
+            return found, top
+        for g in range(some):  # loads that do not wait for each other
+            for word in range(WORDS):
+                near[g, word] = sketch[guests[top + g], word]
+        for tile in range(0, own.shape[0], TILE):
+            for g in range(some):
+                a, b, c, d = near[g, 0], near[g, 1], near[g, 2], near[g, 3]
+                for start in range(tile, min(tile + TILE, own.shape[0]), SPAN):
+                    w, few = turned[start * FIRST_WORDS : (start + SPAN) * FIRST_WORDS], none
+                    for t in range(SPAN):
+                        count = popcount(a ^ w[t]) + popcount(b ^ w[SPAN + t])
+                        count += popcount(c ^ w[2 * SPAN + t]) + popcount(d ^ w[3 * SPAN + t])
+                        few |= bit[t] if count <= np.uint64(most_first) else none
+                    if own.shape[0] - start < SPAN:
+                        few &= (one << np.uint64(own.shape[0] - start)) - one
+                    while few:
+                        place = start + np.int64(popcount((few & (~few + one)) - one))
+                        few &= few - one
+                        count = none
+                        for word in range(WORDS):
+                            count += popcount(near[g, word] ^ sketch[own[place], word])
+                        if count <= np.uint64(most) and (not upper or guests[top + g] < own[place]):
+                            i[found], j[found] = top - first + g, place
+                            found += 1
     return found, guests.shape[0]
 
 
@@ -168,7 +180,7 @@ class Sieve:
     Attributes:
         x: the rows, with sketches.
         threshold: of the join.
-        most: bits that may differ in a pair that passes, as `most_bits` tells.
+        most: bits that may differ in a pair that passes.
         cutoff, allowance: of all rows, int32 [n]; see `codes.cutoffs`.
         forest: pairs that can be none of its edges are left out. Most pairs of a large group are such, and are told
             fastest where they are found.
@@ -176,7 +188,7 @@ class Sieve:
 
     x: Rows
     threshold: float
-    most: int
+    most: MostBits
     cutoff: Int32
     allowance: Int32
     forest: Forest | None = None
@@ -198,17 +210,17 @@ class Sieve:
     def _pairs(self, guests: Int32, own: Int32, upper: bool = False) -> Iterator[Found]:
         sketch, codes = self._sketches, self.x.codes
         i, j, product = np.empty((3, ROOM), np.int32)
+        turned = _turned_room()
         levels, parent = (NO_LEVELS, NO_PARENT) if self.forest is None else (self.forest.levels, self.forest.parent)
         known = codes.values, self.cutoff, self.allowance, self.x.nodes, codes.error, np.float32(codes.scale**2)
         may_crowd = self.forest is not None and min(len(guests), len(own)) >= LEAST_CROWD
         crowd: _Crowd | None = None
         for start in range(0, len(own), OWN_ROWS):
             block = own[start : start + OWN_ROWS]
-            turned = np.empty((WORDS, len(block)), np.uint64)
             _turn_loop(sketch, block, turned)
             first, last = 0, np.searchsorted(guests, block[-1]) if upper else len(guests)
             while first < last:
-                found, stop = _sieve_loop(sketch, block, turned, guests[:last], first, upper, self.most, i, j)
+                found, stop = _sieve_loop(sketch, block, turned, guests[:last], first, upper, *self.most, i, j)
                 if may_crowd and found * CROWDED > (stop - first) * len(block):
                     crowd = crowd or _Crowd(self.x, self.threshold, self.most, guests, own)
                     found = crowd.untied(slice(first, stop), slice(start, start + OWN_ROWS), i, j, found)
@@ -230,7 +242,7 @@ class _Crowd:
     forest. So a pair that scores less is none of its edges (cycle property of maximum spanning trees).
     """
 
-    def __init__(self, x: Rows, threshold: float, most: int, guests: Int32, own: Int32) -> None:
+    def __init__(self, x: Rows, threshold: float, most: MostBits, guests: Int32, own: Int32) -> None:
         self._x, self._most, self._guests, self._own = x, most, guests, own
         self._slack = np.float32(search_margin(x.vectors.shape[1]))
         self._least = np.float32(threshold) - self._slack

@@ -17,7 +17,7 @@ from curation.join import Best, Join, Members, join_cells, unique, visitors
 from curation.products import Multiplier
 from curation.rows import Rows, rows_of
 from curation.scoring import cosine_pairs
-from curation.signs import passes, sketches
+from curation.signs import MostBits, passes, sketches
 
 NUM_ROWS = 3000
 
@@ -479,7 +479,7 @@ def test_join_cells_compares_what_passes_the_sieve(
     ball[rng.permutation(240)[:20]] = 0
     found, threshold = Everything(), 0.6
     join = Join(threshold, [found], Elsewhere(multiplier) if is_elsewhere else multiplier)  # type: ignore[arg-type]
-    join.most_bits -= 15  # so that it drops what it seldom does
+    join.most_bits = MostBits(*(limit - 15 for limit in join.most_bits))  # so that it drops what it seldom does
     join_partition(join, x, t, np.ones(int(t.num_cells.sum()), dtype=bool), among, ball)
     a, b = (np.asarray(end) for end in zip(*sorted(expected_visits(t)), strict=True))
     if not among:

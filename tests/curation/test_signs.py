@@ -7,7 +7,7 @@ import pytest
 
 from curation.codes import encode
 from curation.scoring import popcount
-from curation.signs import BITS, WORDS, helps, most_bits, passes, sketches
+from curation.signs import BITS, FIRST_WORDS, WORDS, MostBits, helps, most_bits, passes, sketches
 
 
 def slow_bits(x: np.ndarray, y: np.ndarray) -> int:
@@ -30,8 +30,11 @@ def test_bits_are_counted_as_one_by_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, y = (rng.integers(0, 2**64, (60, WORDS), dtype=np.uint64) for _ in range(2))
     bits = [slow_bits(a, b) for a, b in zip(x, y, strict=True)]
-    most = int(np.median(bits))
-    assert passes(x, y, most).tolist() == [count <= most for count in bits]
+    first = [slow_bits(a[:FIRST_WORDS], b[:FIRST_WORDS]) for a, b in zip(x, y, strict=True)]
+    most = MostBits(int(np.median(first)), int(np.median(bits)))
+    few = [left <= most.first and count <= most.all for left, count in zip(first, bits, strict=True)]
+    assert passes(x, y, most).tolist() == few
+    assert sum(few) < min(sum(left <= most.first for left in first), sum(count <= most.all for count in bits))
     assert [int(popcount(word)) for word in x[0]] == [bin(int(word)).count("1") for word in x[0]]
 
 
@@ -53,11 +56,13 @@ def test_a_pair_at_the_threshold_is_lost_once_in_hundreds_one_above_it_never(dim
 
 
 def test_the_limit_follows_the_angle() -> None:
-    assert [most_bits(cosine) for cosine in (1.0, -1.0, 2.0, -2.0)] == [0, BITS, 0, BITS]
-    assert most_bits(0.0) == BITS // 2 + int(3 * math.sqrt(BITS) / 2)
-    assert most_bits(0.5) == math.floor(BITS / 3 + 3 * math.sqrt(BITS * 2 / 9))
-    limits = [most_bits(cosine) for cosine in np.linspace(-1, 1, 101)]
-    assert limits == sorted(limits, reverse=True)
+    half = BITS // 2
+    assert [most_bits(cosine) for cosine in (1.0, -1.0, 2.0, -2.0)] == [(0, 0), (half, BITS), (0, 0), (half, BITS)]
+    assert most_bits(0.0) == (half // 2 + int(3.5 * math.sqrt(half) / 2), half + int(3 * math.sqrt(BITS) / 2))
+    assert most_bits(0.5).all == math.floor(BITS / 3 + 3 * math.sqrt(BITS * 2 / 9))
+    assert most_bits(0.5).first == math.floor(half / 3 + 3.5 * math.sqrt(half * 2 / 9))
+    for limits in zip(*(most_bits(cosine) for cosine in np.linspace(-1, 1, 101)), strict=True):
+        assert list(limits) == sorted(limits, reverse=True)
 
 
 def test_a_sieve_helps_long_vectors_above_thresholds_that_unrelated_ones_are_below() -> None:
