@@ -203,18 +203,19 @@ def _group(cells: Int32, num_cells: int) -> Iterator[tuple[int, Int32]]:
 @inlined
 def _reached(line: Int32, m: int) -> np.int32:
     """A product that at least m of a line reach, and few more: halves the range in which it may lie."""
-    low, high = np.int64(line[0]), np.int64(line[0])
+    low, high = int(line[0]), int(line[0])
     for j in range(line.shape[0]):
-        low, high = min(low, np.int64(line[j])), max(high, np.int64(line[j]))
+        low, high = min(low, int(line[j])), max(high, int(line[j]))
     high += 1
     while high - low > 1:
-        middle, count = np.int32((low + high) >> 1), 0
+        middle, count = (low + high) >> 1, 0
+        least = np.int32(middle)
         for j in range(line.shape[0]):
-            count += line[j] >= middle
+            count += line[j] >= least
         if count < m:
-            high = np.int64(middle)
+            high = middle
         else:
-            low = np.int64(middle)
+            low = middle
             if count <= m + m // 4:
                 break
     return np.int32(low)
@@ -242,9 +243,9 @@ def _keep_loop(tile: Int32, rows: Int32, first: int, width: int, best: Int64) ->
             for j in range(line.shape[0]):
                 enough |= bit[j] if line[j] >= least else none
             while enough:
-                j = np.int64(popcount((enough & (~enough + one)) - one))
+                place = start + np.int64(popcount((enough & (~enough + one)) - one))
                 enough &= enough - one
-                key = (np.int64(line[j]) << 32) + (LOWER_HALF - np.int64(first + start + j))
+                key = (np.int64(tile[i, place]) << 32) + (LOWER_HALF - np.int64(first + place))
                 for t in range(keys.shape[0]):
                     keys[t], key = max(keys[t], key), min(keys[t], key)
             least = max(least, np.int32(keys[-1] >> 32))
