@@ -115,7 +115,7 @@ def main() -> None:
         executor = RayExecutor(options.workers)
         table = []
         for unit in units(options, place, embeddings, images):
-            with PeakMemory(0.2) as memory:
+            with PeakMemory(1.0) as memory:
                 recorder = Recorder(memory)
                 run_unit(unit, executor, recorder)
             wall, cpu = sum(step[2] for step in recorder.steps), sum(step[3] for step in recorder.steps)

@@ -85,6 +85,7 @@ def connect(address: str | None, cpus: int) -> Any:
     if not address:  # records for a dashboard that is not there; a process may even hang at its end over them
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")  # else 4 % of a core looks for new log files
     ray = _ray()
     if address and not _listens(address):
         raise ConfigError(f"no Ray cluster answers at {address}: nothing listens there")

@@ -1,11 +1,12 @@
 """Step `pairs` of the partitioned join where vectors lie flat on this machine (`pipelines.flat`): nothing travels.
 
 A task compares what is stored in a range of one quantizer's lists. It holds 60 bytes a node to know whom it compares, 8
-bytes for each visit, and the forest, 128 bytes for each node that it meets; vectors and codes it maps. Its time grows
-with visits times the vectors stored in a list.
+bytes for each visit, and the forest, 128 bytes for each node that it meets; vectors and codes its worker maps once.
+Its time grows with visits times the vectors stored in a list.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from curation.join import Join, Members, join_cells
 from curation.products import Multiplier
 from curation.scoring import compiled
 from curation.shards import GROUP_ROWS, PartWriter, ShardSet
+from pipelines.executor import Needs
 from pipelines.flat import Flat, read_leads
 from pipelines.join import DeviceStep, PairsStep, edge_table, read_sample, without
 from pipelines.partitioned import read_lists
@@ -24,8 +26,9 @@ Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Found = tuple[Int32, Int32]
 
-VISITS = 1 << 26
-"""Visits of one task, about: vectors times lists joined, over the ranges that lists are cut into."""
+VISITS = 1 << 25
+"""Visits of one task, about: vectors times lists joined, over the ranges that lists are cut into. More would crowd
+vectors out of memory, fewer read the lists more often."""
 
 
 @dataclass
@@ -44,6 +47,19 @@ class InPlaceStep(PairsStep, DeviceStep):
     lists_joined: int
     device: str = "cpu"
 
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, resident=True)
+
+    @cached_property
+    def _flat(self) -> Flat:
+        return Flat(self.flat)
+
+    @cached_property
+    def _takes_part(self) -> Bool:
+        takes_part: Bool = read_leads(self.leads)[0] == np.arange(len(self._flat))
+        return takes_part
+
     def _ranges(self) -> int:
         return -(-len(self.nodes) * self.lists_joined // VISITS)
 
@@ -56,33 +72,33 @@ class InPlaceStep(PairsStep, DeviceStep):
     def write_part(self, part: int, writer: PartWriter) -> None:
         number, place = divmod(part, self._ranges())
         first, last = (self.num_lists * p // self._ranges() for p in (place, place + 1))
-        flat = Flat(self.flat)
-        lead, similarity = read_leads(self.leads)
-        takes_part = lead == np.arange(len(flat))
-        stored, visiting = self._members(number, first, last, takes_part)
-        hub = self._hub_edges(flat, takes_part)
-        met, name = _named(len(flat), stored.rows, visiting.rows, hub[0])
+        stored, visiting = self._members(number, first, last)
+        hub = self._hub_edges()
+        met, name = _named(len(self._flat), stored.rows, visiting.rows, hub[0])
         reducer = self.reducer(met)
         if reducer.forest is not None:
             inside = name[hub[1]] >= 0
             reducer.forest.add(name[hub[0][inside]], name[hub[1][inside]], hub[2][inside])
         join = Join(self.threshold, reducer.all, Multiplier(self.device))
-        join_cells(join, flat.rows(name), stored, visiting, among=self.keep_of != "best")
+        join_cells(join, self._flat.rows(name), stored, visiting, among=self.keep_of != "best")
         writer.write(edge_table(without(reducer.edges(), hub)), GROUP_ROWS)
         if part == 0:
-            equal = np.flatnonzero((lead >= 0) & ~takes_part)
+            lead, similarity = read_leads(self.leads)
+            equal = np.flatnonzero((lead >= 0) & ~self._takes_part)
             for edges in (hub, (lead[equal], equal, similarity[equal])):
                 writer.write(edge_table(edges), GROUP_ROWS)
 
-    def _hub_edges(self, flat: Flat, takes_part: Bool) -> Edges:
+    def _hub_edges(self) -> Edges:
         """(pivot, member, similarity) of the members of hubs, other than pivots."""
-        ball = flat.column("ball")
-        member = np.flatnonzero(takes_part & (ball >= 0))
-        pivot = read_sample(self.hubs)[0][ball[member]] if len(member) else member
+        ball = self._flat.scalars.ball
+        member = np.flatnonzero(self._takes_part & (ball >= 0))
+        if not len(member):
+            return member, member, np.zeros(0, np.float32)
+        pivot = read_sample(self.hubs)[0][ball[member]]
         apart = pivot != member
-        return pivot[apart], member[apart], flat.column("near")[member[apart]]
+        return pivot[apart], member[apart], self._flat.column("near")[member[apart]]
 
-    def _members(self, number: int, first: int, last: int, takes_part: Bool) -> tuple[Members, Members]:
+    def _members(self, number: int, first: int, last: int) -> tuple[Members, Members]:
         """What is stored in lists [first, last) of quantizer `number`, and what visits them.
 
         Where references alone are compared with, they alone are stored, and they visit none.
@@ -94,7 +110,7 @@ class InPlaceStep(PairsStep, DeviceStep):
             lists = read_lists(self.lists, block, number)
             room = np.empty((4, lists.size), np.int32)
             among = self.keep_of != "best"
-            own, guests = _find_loop(lists, first, last, start, images, among, takes_part[start:], *room)
+            own, guests = _find_loop(lists, first, last, start, images, among, self._takes_part[start:], *room)
             pieces[0].append((room[0, :own].copy(), room[1, :own].copy()))
             pieces[1].append((room[2, :guests].copy(), room[3, :guests].copy()))
             start += len(lists)

@@ -82,14 +82,17 @@ class SampleStep(Step):
     def _drawn(self) -> Int64:
         """Numbers of the sampled nodes, ascending; an image that two pools hold is drawn for the first one first."""
         draws, numbers = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        most = np.uint64(2**64 - 1)
         for start in range(0, len(self.nodes), SAMPLE_BLOCK):
             stop = min(start + SAMPLE_BLOCK, len(self.nodes))
             chosen = self.nodes.chosen(start, stop)
-            words = self.nodes.vectors.words(start, stop)[chosen - start]
-            draws = np.concatenate([draws, keyed_hash(self.seed, self.purpose, words)])
-            numbers = np.concatenate([numbers, chosen])
-            lowest = np.lexsort((numbers, draws))[: self.size]
-            draws, numbers = draws[lowest], numbers[lowest]
+            draw = keyed_hash(self.seed, self.purpose, self.nodes.vectors.words(start, stop)[chosen - start])
+            low = draw <= most
+            draws, numbers = np.concatenate([draws, draw[low]]), np.concatenate([numbers, chosen[low]])
+            if len(draws) > 2 * self.size or (stop == len(self.nodes) and len(draws) > self.size):
+                lowest = np.lexsort((numbers, draws))[: self.size]
+                draws, numbers = draws[lowest], numbers[lowest]
+                most = draws[-1]
         return np.sort(numbers)
 
 
