@@ -19,7 +19,7 @@ from curation.errors import ConfigError
 from curation.kmeans_init import draw_rows
 from curation.products import Multiplier
 from curation.sampling import proportional_shares
-from curation.scoring import Vectors, compiled, inlined, norms, popcount
+from curation.scoring import Vectors, compiled, inlined, lowest_bit, norms, single_bits
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -228,10 +228,7 @@ def _keep_loop(tile: Int32, rows: Int32, first: int, width: int, best: Int64) ->
     A list is kept as a key, its product in the upper half, in the lower one what is larger for lower numbers; keys
     stand in descending order.
     """
-    none, one = np.uint64(0), np.uint64(1)
-    bit = np.empty(COMPARED, np.uint64)
-    for t in range(COMPARED):
-        bit[t] = one << np.uint64(t)
+    none, one, bit = np.uint64(0), np.uint64(1), single_bits()
     for i in range(rows.shape[0]):
         keys = best[rows[i]]
         least = np.int32(keys[-1] >> 32)
@@ -243,7 +240,7 @@ def _keep_loop(tile: Int32, rows: Int32, first: int, width: int, best: Int64) ->
             for j in range(line.shape[0]):
                 enough |= bit[j] if line[j] >= least else none
             while enough:
-                place = start + np.int64(popcount((enough & (~enough + one)) - one))
+                place = start + lowest_bit(enough)
                 enough &= enough - one
                 key = (np.int64(tile[i, place]) << 32) + (LOWER_HALF - np.int64(first + place))
                 for t in range(keys.shape[0]):

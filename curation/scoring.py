@@ -69,6 +69,21 @@ def inlined(part: Callable[P, R]) -> Callable[P, R]:
     return part
 
 
+@inlined
+def lowest_bit(x: Any) -> Any:
+    """The place of the lowest bit that is set in a uint64 other than 0, int64."""
+    return np.int64(popcount((x & (~x + np.uint64(1))) - np.uint64(1)))
+
+
+@inlined
+def single_bits() -> npt.NDArray[np.uint64]:
+    """The words that have one bit set, by its place, uint64 [64]."""
+    bit = np.empty(64, np.uint64)
+    for t in range(64):
+        bit[t] = np.uint64(1) << np.uint64(t)
+    return bit
+
+
 def compiled(loop: Callable[P, R]) -> Callable[P, R]:
     """Let numba compile `loop` at its first call, so that numba is imported only where a loop runs.
 

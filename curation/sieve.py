@@ -19,7 +19,19 @@ from curation.codes import margin
 from curation.forest import Forest, is_decided
 from curation.products import Found
 from curation.rows import Rows
-from curation.scoring import FETCHED, LINE, compiled, cosine_pairs, inlined, popcount, search_margin, to_unit, touched
+from curation.scoring import (
+    FETCHED,
+    LINE,
+    compiled,
+    cosine_pairs,
+    inlined,
+    lowest_bit,
+    popcount,
+    search_margin,
+    single_bits,
+    to_unit,
+    touched,
+)
 from curation.signs import FIRST_WORDS, WORDS, MostBits, passes
 
 Int8 = npt.NDArray[np.int8]
@@ -37,7 +49,7 @@ OWN_ROWS = 1_024
 """Rows of a list that guests are compared with at a time: their codes stay in a processor's cache."""
 NO_PARENT, NO_LEVELS = np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
 ROOM = 1 << 17
-"""Pairs that are found before they are handed on, more than GUESTS * OWN_ROWS."""
+"""Pairs that are found before they are handed on, GUESTS * OWN_ROWS or more."""
 CROWDED, LEAST_CROWD = 8, 1_024
 """Where one pair in so many passes, of so many rows or more on both sides, they are a crowd; to set one up takes MIDDLE
 scores of each row."""
@@ -79,9 +91,7 @@ def _sieve_loop(
     `i` counts from `first`; `j` are places in `own`, whose sketches are `turned`.
     """
     found, none, one = 0, np.uint64(0), np.uint64(1)
-    near, bit = np.empty((GUESTS, WORDS), np.uint64), np.empty(SPAN, np.uint64)
-    for t in range(SPAN):
-        bit[t] = one << np.uint64(t)
+    near, bit = np.empty((GUESTS, WORDS), np.uint64), single_bits()
     for top in range(first, guests.shape[0], GUESTS):
         some = min(GUESTS, guests.shape[0] - top)
         if found + some * own.shape[0] > i.shape[0]:
@@ -101,7 +111,7 @@ def _sieve_loop(
                     if own.shape[0] - start < SPAN:
                         few &= (one << np.uint64(own.shape[0] - start)) - one
                     while few:
-                        place = start + np.int64(popcount((few & (~few + one)) - one))
+                        place = start + lowest_bit(few)
                         few &= few - one
                         count = none
                         for word in range(WORDS):

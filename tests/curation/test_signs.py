@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curation.codes import encode
-from curation.scoring import popcount
+from curation.scoring import lowest_bit, popcount, single_bits
 from curation.signs import BITS, FIRST_WORDS, WORDS, MostBits, helps, most_bits, passes, sketches
 
 
@@ -36,6 +36,8 @@ def test_bits_are_counted_as_one_by_one(seed: int) -> None:
     assert passes(x, y, most).tolist() == few
     assert sum(few) < min(sum(left <= most.first for left in first), sum(count <= most.all for count in bits))
     assert [int(popcount(word)) for word in x[0]] == [bin(int(word)).count("1") for word in x[0]]
+    assert [int(lowest_bit(word)) for word in x[0]] == [bin(int(word))[::-1].index("1") for word in x[0]]
+    assert [int(lowest_bit(word)) for word in single_bits()] == list(range(64))
 
 
 def pairs_at(rng: np.random.Generator, cosine: float, count: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
