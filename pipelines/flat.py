@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,15 +132,6 @@ def _mapped(path: str, dtype: Any, shape: tuple[int, int]) -> npt.NDArray[Any]:
     return np.asarray(held)
 
 
-class Scalars(NamedTuple):
-    """What a join asks of each node: columns of FLAT, and its own number."""
-
-    error: Float32
-    norm: npt.NDArray[np.float64]
-    ball: Int32
-    at: Int64
-
-
 class Flat:
     """What `FlatStep` has made, mapped."""
 
@@ -161,20 +152,16 @@ class Flat:
         """A column of all nodes."""
         return np.concatenate([np.zeros(0, FLAT.field(name).type.to_pandas_dtype()), *self._pieces(name)])
 
-    @cached_property
-    def scalars(self) -> Scalars:
-        """Columns that every join asks for, read once."""
-        return Scalars(self.column("error"), self.column("norm"), self.column("ball"), np.arange(len(self)))
-
     def _pieces(self, name: str) -> Iterator[npt.NDArray[Any]]:
         for part in range(self._set.num_parts):
             yield self._set.read(part, [name])[name].to_numpy()
 
-    def rows(self, name: Int32) -> Rows:
-        """All nodes as rows of a join, none of them copied; `name` is what its reductions call them."""
-        codes = Codes(self._codes, self.scalars.error, encode(self.vectors[:0]).scale)
-        norm, ball, at = self.scalars.norm, self.scalars.ball, self.scalars.at
-        return Rows(name, at, self.vectors, norm, codes, ball, self._sketches)
+    @cached_property
+    def rows(self) -> Rows:
+        """All nodes as rows of a join, none of them copied, under their own numbers."""
+        codes = Codes(self._codes, self.column("error"), encode(self.vectors[:0]).scale)
+        at = np.arange(len(self))
+        return Rows(at, at, self.vectors, self.column("norm"), codes, self.column("ball"), self._sketches)
 
 
 @dataclass

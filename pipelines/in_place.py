@@ -80,7 +80,7 @@ class InPlaceStep(PairsStep, DeviceStep):
             inside = name[hub[1]] >= 0
             reducer.forest.add(name[hub[0][inside]], name[hub[1][inside]], hub[2][inside])
         join = Join(self.threshold, reducer.all, Multiplier(self.device))
-        join_cells(join, self._flat.rows(name), stored, visiting, among=self.keep_of != "best")
+        join_cells(join, replace(self._flat.rows, nodes=name), stored, visiting, among=self.keep_of != "best")
         writer.write(edge_table(without(reducer.edges(), hub)), GROUP_ROWS)
         if part == 0:
             lead, similarity = read_leads(self.leads)
@@ -90,7 +90,7 @@ class InPlaceStep(PairsStep, DeviceStep):
 
     def _hub_edges(self) -> Edges:
         """(pivot, member, similarity) of the members of hubs, other than pivots."""
-        ball = self._flat.scalars.ball
+        ball = self._flat.rows.ball
         member = np.flatnonzero(self._takes_part & (ball >= 0))
         if not len(member):
             return member, member, np.zeros(0, np.float32)

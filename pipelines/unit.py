@@ -8,6 +8,7 @@ origin: what was read and how, never who did it or where.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -242,7 +243,8 @@ def run_step(step: Step, origin: Origin, title: str, executor: Executor, progres
     made = 0
     progress.begin(title if step.keep else f"{title}: {step.kind}", num_parts, len(done))
     try:
-        for part, outcome in executor.map(_Task(step, fingerprint), missing, step.needs):
+        # What parts load and keep lies in the copy, so that it goes when they are done, as it does with a worker.
+        for part, outcome in executor.map(_Task(copy(step), fingerprint), missing, step.needs):
             if isinstance(outcome, Exception):
                 failures.append((part, outcome))
                 if len(failures) >= MAX_FAILURES or _is_hopeless(outcome):

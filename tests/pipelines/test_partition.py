@@ -11,8 +11,9 @@ import pytest
 
 from curation import hubs, signs
 from curation.codes import encode
-from curation.shards import ShardSet
+from curation.shards import PartWriter, ShardSet
 from pipelines import flat, in_place, join, partitioned, unit
+from pipelines.dedup import ComponentsStep
 from pipelines.executor import LocalExecutor, Needs, Outcome, RayExecutor
 from pipelines.partitioned import read_layout
 from pipelines.progress import quiet
@@ -113,6 +114,28 @@ def test_long_vectors_go_through_the_sieve_wherever_they_meet(
     expected = [pair for pair, kept in zip(pairs, passed, strict=True) if kept]
     check_forest(stored_forest(tmp_path), expected, 150)
     assert maximum_forest(expected, 150) != maximum_forest(pairs, 150)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_vectors_are_mapped_once_and_let_go_with_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are still mapped keep their space on the disk although they are deleted."""
+    mapped: list[str] = []
+    seen: list[int] = []
+    make_flat, make_component = in_place.Flat, ComponentsStep.write_part
+
+    def flat_of(uri: str) -> flat.Flat:
+        mapped.append(uri)
+        return make_flat(uri)
+
+    def write_part(step: ComponentsStep, part: int, writer: PartWriter) -> None:
+        seen.append(sum("_flat" in line for line in Path("/proc/self/maps").read_text().splitlines()))
+        make_component(step, part, writer)
+
+    monkeypatch.setattr(in_place, "Flat", flat_of)
+    monkeypatch.setattr(ComponentsStep, "write_part", write_part)
+    world = make_world(tmp_path, 0, pool_sizes=(90, 60))
+    execute(dedup_unit(tmp_path, world, references=[], join=lists_of(40, 2, in_place=True), threshold=0.6))
+    assert len(mapped) == 1 and seen == [0]
 
 
 def planted_hub(tmp_path: Path, seed: int, settings: JoinSettings, threshold: float = 0.9) -> tuple[Any, int]:
