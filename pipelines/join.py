@@ -89,11 +89,11 @@ class SampleStep(Step):
             draw = keyed_hash(self.seed, self.purpose, self.nodes.vectors.words(start, stop)[chosen - start])
             low = draw <= most
             draws, numbers = np.concatenate([draws, draw[low]]), np.concatenate([numbers, chosen[low]])
-            if len(draws) > 2 * self.size or (stop == len(self.nodes) and len(draws) > self.size):
+            if len(draws) > 2 * self.size:
                 lowest = np.lexsort((numbers, draws))[: self.size]
                 draws, numbers = draws[lowest], numbers[lowest]
                 most = draws[-1]
-        return np.sort(numbers)
+        return np.sort(numbers[np.lexsort((numbers, draws))[: self.size]])
 
 
 def read_sample(uri: str, first: int = 0, every: int = 1) -> tuple[Int64, Float16]:
